@@ -1,0 +1,195 @@
+"""What an operator and a request may say to us, and nothing else.
+
+Engine options are one tree under ``--additional-config '{"align_spec": {...}}'``. Request options are flat keys with
+their method's prefix in ``SamplingParams.extra_args`` (HTTP: ``vllm_xargs``), because HTTP's field has no nesting.
+Keys are names: no option is ever an import path, and only engine options name models or addresses.
+
+This module imports neither vLLM nor torch: the API server, the workers and the command line all read it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+DISABLE_ENV = "VLLM_ALIGN_SPEC_DISABLE"
+"""Set to 1 to leave a stock vLLM, whatever the engine options say."""
+
+MAX_WINDOW = 64
+"""Largest ``wsd_window``; the worker keeps this many log-probabilities per request."""
+
+MAX_STOP_IDS = 64
+"""Most stop token ids that a request which uses WSD may name, end-of-sequence ids included."""
+
+
+class OptionError(ValueError):
+    """A request or engine option that cannot be honoured. The message names the option, the value and what would be."""
+
+
+class _Tree(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PilotOptions(_Tree):
+    """Where the hand-over pilot of WSD runs: an endpoint that exists, or a model that we start beside the server."""
+
+    url: str | None = Field(None, pattern=r"^https?://", description="Base URL of an OpenAI-compatible API, up to /v1.")
+    model: str = Field(description="Served model name at `url`, or, without `url`, the model that we start.")
+    engine_args: tuple[str, ...] = Field((), description="More `vllm serve` arguments for a pilot that we start.")
+    api_key_env: str | None = Field(None, description="Environment variable that holds the API key of `url`.")
+    timeout_s: float = Field(30.0, gt=0, le=600, description="Longest wait for one chunk of the pilot's draft.")
+    chunk_tokens: int = Field(32, ge=4, le=512, description="Pilot tokens per call.")
+
+    @model_validator(mode="after")
+    def _engine_args_need_our_pilot(self) -> PilotOptions:
+        if self.url is not None and self.engine_args:
+            raise ValueError("engine_args belong to a pilot that we start: drop them or drop url")
+        return self
+
+
+class WsdEngineOptions(_Tree):
+    """Engine options of weak-to-strong decoding."""
+
+    pilot: PilotOptions | None = Field(None, description="The pilot of `wsd=handover`; `shared` needs none.")
+
+
+class ReportOptions(_Tree):
+    """How many finished requests' reports stay readable, and for how long."""
+
+    max_reports: int = Field(4096, ge=1, le=1_000_000, description="Reports kept per API server, oldest dropped first.")
+    max_age_s: float = Field(600.0, gt=0, description="Age at which a report is dropped.")
+
+
+class EngineOptions(_Tree):
+    """The tree under ``additional_config["align_spec"]``."""
+
+    enabled: bool = Field(True, description="False leaves a stock vLLM (kill switch).")
+    allow_unverified_vllm: bool = Field(
+        False, description="Start although a patched function of vLLM differs from those we verified (warn only)."
+    )
+    reports: ReportOptions = Field(default_factory=lambda: ReportOptions())
+    wsd: WsdEngineOptions = Field(default_factory=lambda: WsdEngineOptions())
+
+
+class RequestOptions(BaseModel):
+    """Base of every method's request options: one class per method, keys flat and prefixed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    method: ClassVar[str]
+    """The method's name, its switch key, and (with ``_``) the prefix of its other keys."""
+
+
+class WsdOptions(RequestOptions):
+    """Request options of weak-to-strong decoding (arXiv 2506.07434, section 3)."""
+
+    method: ClassVar[str] = "wsd"
+
+    wsd: Literal["shared", "handover"] = Field(
+        description="`shared`: the engine's own draft model is the pilot. `handover`: the pilot runs at its own endpoint."
+    )
+    wsd_gamma: float = Field(
+        0.8, gt=0, le=1, description="Geometric mean of the base model's probabilities at which it takes over."
+    )
+    wsd_window: int = Field(6, ge=1, le=MAX_WINDOW, description="Draft tokens in that mean; at least so many are kept.")
+    wsd_max_draft: int = Field(512, ge=1, le=65536, description="Draft tokens after which the base model takes over.")
+    wsd_fallback: Literal["error", "base"] = Field(
+        "error", description="`handover` only: what follows when the pilot fails, an error or plain decoding."
+    )
+    align_spec_strict: bool = Field(
+        False, description="End the request with an error, instead of plain decoding, if the method fails inside a step."
+    )
+
+
+METHODS: tuple[type[RequestOptions], ...] = (WsdOptions,)
+SHARED_KEYS = frozenset({"align_spec_strict"})
+_PREFIXES = tuple(f"{cls.method}_" for cls in METHODS) + ("align_spec_",)
+_SWITCHES = frozenset(cls.method for cls in METHODS)
+
+
+def is_ours(key: str) -> bool:
+    """Whether a key of ``extra_args`` is one of ours, known or not."""
+    return key in _SWITCHES or key.startswith(_PREFIXES)
+
+
+def parse_request(extra_args: Mapping[str, Any] | None) -> tuple[RequestOptions, ...]:
+    """The options of every method that a request switched on, in the order of ``METHODS``.
+
+    Args:
+        extra_args: ``SamplingParams.extra_args`` as the client sent it; keys that are not ours are left alone.
+
+    Raises:
+        OptionError: an unknown key with one of our prefixes, a wrong type, a value out of range, or a key whose method
+            is not switched on.
+    """
+    ours = {k: v for k, v in (extra_args or {}).items() if is_ours(k)}
+    if not ours:
+        return ()
+    parsed: list[RequestOptions] = []
+    taken: set[str] = set()
+    for cls in METHODS:
+        # JSON booleans reach vllm_xargs as integers.
+        mine = {k: bool(v) if k in SHARED_KEYS and v in (0, 1) else v for k, v in ours.items() if k in cls.model_fields}
+        if cls.method in mine:
+            try:
+                parsed.append(cls.model_validate(mine))
+            except ValidationError as error:
+                raise OptionError(_explain(error, cls)) from None
+            taken.update(mine)
+    for key in ours:
+        if key in taken:
+            continue
+        owners = [cls for cls in METHODS if key in cls.model_fields]
+        if owners:
+            raise OptionError(f"{key}={ours[key]!r} has no effect without {owners[0].method!r}; add "
+                              f"{owners[0].method}={_accepted(owners[0], owners[0].method)} or drop {key}")
+        known = sorted({name for cls in METHODS for name in cls.model_fields})
+        raise OptionError(f"unknown option {key}={ours[key]!r}; accepted are {', '.join(known)}")
+    return tuple(parsed)
+
+
+def parse_engine(additional_config: Any) -> EngineOptions:
+    """The engine options in ``vllm_config.additional_config``; the kill switch of the environment wins.
+
+    Raises:
+        OptionError: an unknown key, a wrong type or a value out of range.
+    """
+    raw = additional_config.get("align_spec", {}) if isinstance(additional_config, Mapping) else {}
+    try:
+        options = EngineOptions.model_validate(raw)
+    except ValidationError as error:
+        raise OptionError(_explain(error, EngineOptions, prefix="additional_config.align_spec.")) from None
+    if os.environ.get(DISABLE_ENV, "") not in ("", "0"):
+        options = options.model_copy(update={"enabled": False})
+    return options
+
+
+def _explain(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> str:
+    parts = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            parts.append(f"unknown option {prefix}{path}={item['input']!r}; accepted are {', '.join(cls.model_fields)}")
+        elif item["type"] == "missing":
+            parts.append(f"{prefix}{path} is missing")
+        else:
+            accepted = _accepted(cls, path) if path in cls.model_fields else item["msg"]
+            parts.append(f"{prefix}{path or 'value'}={item['input']!r} is not accepted; accepted: {accepted}")
+    return "; ".join(parts)
+
+
+def _accepted(cls: type[BaseModel], field: str) -> str:
+    schema = cls.model_json_schema()["properties"][field]
+    if "enum" in schema:
+        return " | ".join(repr(v) for v in schema["enum"])
+    if "const" in schema:
+        return repr(schema["const"])
+    kind = {"integer": "an integer", "number": "a number", "boolean": "true or false"}.get(schema.get("type", ""), "")
+    bounds = [
+        f"{sign} {schema[key]:g}"
+        for key, sign in (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
+        if key in schema
+    ]
+    return " ".join([kind or str(schema.get("type", "a value")), " and ".join(bounds)]).strip()

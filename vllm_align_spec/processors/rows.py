@@ -1,0 +1,119 @@
+"""What one engine step shows a method, whichever model runner runs it, and what a method may do to it.
+
+Letters of the shapes: N lines of logits in the step, V vocabulary, S requests of the step that asked for the method,
+L rows of a request at most (draft tokens + 1; the last one is the bonus row), E entries of per-request state.
+
+The requests form a grid [S, L]. Everything that the host must know about it (S, L) it knows without asking the device,
+so a step costs no synchronisation; a request with fewer rows than L repeats its last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One step, as the requests that asked for one method see it.
+
+    ``logits`` come after vLLM's grammar mask and before temperature; a method edits them in place, only at ``index``,
+    and must not raise a -inf.
+    """
+
+    # [N, V] float32
+    logits: torch.Tensor
+    # [S, L] int64: line of `logits` that holds row r of the request; beyond `count` it repeats the last row
+    index: torch.Tensor
+    # [S] int64: rows of the request; 0 if nothing sampled in this step is kept (a prefill that is not finished)
+    count: torch.Tensor
+    # [S] int64: where in its sequence the token stands that was fed at row 0 (prompt included, from 0)
+    position: torch.Tensor
+    # [S, L] int64: token drafted after the row; -1 at the bonus row, beyond it, and where no usable draft stands
+    draft: torch.Tensor
+    # [S] int64: entry of the request in the method's state
+    entry: torch.Tensor
+    # [S] the same on the host
+    entry_np: np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes that stay constant while an engine runs."""
+
+    device: torch.device
+    entries: int  # E
+    rows: int  # L
+    vocab_size: int  # V
+
+
+class Processor(Protocol):
+    """A method on the token plane. One instance a worker; state lives in E entries, one a request, kept across
+    preemption and read once more for the report."""
+
+    method: ClassVar[str]
+
+    def __init__(self, layout: Layout) -> None:
+        """Allocates everything: construction runs inside the engine's memory profile, steps do not."""
+
+    def admit(self, entry: int, arguments: Mapping[str, Any], prompt_len: int) -> None:
+        """Initialises an entry for a new request, on the host; ``flush`` sends it to the device."""
+
+    def abandon(self, entry: int) -> None:
+        """The request's state is lost (it was aged out) or the method failed: decode plainly from here on."""
+
+    def flush(self) -> None:
+        """Sends what ``admit`` and ``abandon`` staged; runs before the step's forward pass."""
+
+    def apply(self, rows: Rows) -> torch.Tensor | None:
+        """Edits the step's logits.
+
+        Returns:
+            [S] int64, how many tokens each request may emit in this step, or None where none is limited.
+        """
+
+    def reports(self, entries: Sequence[int]) -> list[dict[str, Any]]:
+        """What happened to the requests in these entries. Waits for the device."""
+
+
+def token_logprobs(logits: torch.Tensor, index: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """log softmax(logits[index])[tokens], untempered; -inf where the token is masked or negative.
+
+    Args:
+        logits: [N, V] float32.
+        index: [S, L] int64 lines of ``logits``.
+        tokens: [S, L] int64, -1 for none.
+
+    Returns:
+        [S, L] float32.
+    """
+    if logits.is_cuda:
+        from vllm_align_spec.processors import kernels
+
+        return kernels.token_logprobs(logits, index, tokens)
+    picked = logits.index_select(0, index.reshape(-1)).view(*index.shape, -1)
+    chosen = picked.gather(-1, tokens.clamp(min=0).unsqueeze(-1)).squeeze(-1) - picked.logsumexp(-1)
+    return chosen.masked_fill_(tokens < 0, float("-inf"))
+
+
+def force(logits: torch.Tensor, index: torch.Tensor, where: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Makes rows one-hot in place: 0 at the token, -inf elsewhere.
+
+    Args:
+        logits: [N, V] float32.
+        index: [S, L] int64 lines of ``logits``; the selected ones are distinct.
+        where: [S, L] bool, the rows to force.
+        tokens: [S, L] int64, valid where ``where``.
+    """
+    if logits.is_cuda:
+        from vllm_align_spec.processors import kernels
+
+        kernels.force(logits, index, where, tokens)
+        return
+    lines = index[where]
+    logits[lines] = float("-inf")
+    logits[lines, tokens[where]] = 0.0
