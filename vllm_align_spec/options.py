@@ -26,7 +26,16 @@ MAX_STOP_IDS = 64
 
 
 class OptionError(ValueError):
-    """A request or engine option that cannot be honoured. The message names the option, the value and what would be."""
+    """A request or engine option that cannot be honoured. The message names the option, the value and what would be.
+
+    Args:
+        message: the whole sentence.
+        option: name of the option at fault, for metrics; never a name that only a client made up.
+    """
+
+    def __init__(self, message: str, option: str = "unknown") -> None:
+        super().__init__(message)
+        self.option = option
 
 
 class _Tree(BaseModel):
@@ -67,9 +76,6 @@ class EngineOptions(_Tree):
     """The tree under ``additional_config["align_spec"]``."""
 
     enabled: bool = Field(True, description="False leaves a stock vLLM (kill switch).")
-    allow_unverified_vllm: bool = Field(
-        False, description="Start although a patched function of vLLM differs from those we verified (warn only)."
-    )
     reports: ReportOptions = Field(default_factory=lambda: ReportOptions())
     wsd: WsdEngineOptions = Field(default_factory=lambda: WsdEngineOptions())
 
@@ -99,19 +105,20 @@ class WsdOptions(RequestOptions):
         "error", description="`handover` only: what follows when the pilot fails, an error or plain decoding."
     )
     align_spec_strict: bool = Field(
-        False, description="End the request with an error, instead of plain decoding, if the method fails inside a step."
+        False,
+        description="End the request with an error, instead of plain decoding, if the method fails inside a step.",
     )
 
 
 METHODS: tuple[type[RequestOptions], ...] = (WsdOptions,)
 SHARED_KEYS = frozenset({"align_spec_strict"})
 _PREFIXES = tuple(f"{cls.method}_" for cls in METHODS) + ("align_spec_",)
-_SWITCHES = frozenset(cls.method for cls in METHODS)
+METHOD_NAMES = frozenset(cls.method for cls in METHODS)
 
 
 def is_ours(key: str) -> bool:
     """Whether a key of ``extra_args`` is one of ours, known or not."""
-    return key in _SWITCHES or key.startswith(_PREFIXES)
+    return key in METHOD_NAMES or key.startswith(_PREFIXES)
 
 
 def parse_request(extra_args: Mapping[str, Any] | None) -> tuple[RequestOptions, ...]:
@@ -136,15 +143,18 @@ def parse_request(extra_args: Mapping[str, Any] | None) -> tuple[RequestOptions,
             try:
                 parsed.append(cls.model_validate(mine))
             except ValidationError as error:
-                raise OptionError(_explain(error, cls)) from None
+                raise OptionError(_explain(error, cls), _at_fault(error, cls)) from None
             taken.update(mine)
     for key in ours:
         if key in taken:
             continue
         owners = [cls for cls in METHODS if key in cls.model_fields]
         if owners:
-            raise OptionError(f"{key}={ours[key]!r} has no effect without {owners[0].method!r}; add "
-                              f"{owners[0].method}={_accepted(owners[0], owners[0].method)} or drop {key}")
+            raise OptionError(
+                f"{key}={ours[key]!r} has no effect without {owners[0].method!r}; add "
+                f"{owners[0].method}={_accepted(owners[0], owners[0].method)} or drop {key}",
+                key,
+            )
         known = sorted({name for cls in METHODS for name in cls.model_fields})
         raise OptionError(f"unknown option {key}={ours[key]!r}; accepted are {', '.join(known)}")
     return tuple(parsed)
@@ -164,6 +174,13 @@ def parse_engine(additional_config: Any) -> EngineOptions:
     if os.environ.get(DISABLE_ENV, "") not in ("", "0"):
         options = options.model_copy(update={"enabled": False})
     return options
+
+
+def _at_fault(error: ValidationError, cls: type[BaseModel]) -> str:
+    return next(
+        (str(item["loc"][0]) for item in error.errors() if item["loc"][:1] and item["loc"][0] in cls.model_fields),
+        "unknown",
+    )
 
 
 def _explain(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> str:

@@ -95,7 +95,7 @@ def token_logprobs(logits: torch.Tensor, index: torch.Tensor, tokens: torch.Tens
         from vllm_align_spec.processors import kernels
 
         return kernels.token_logprobs(logits, index, tokens)
-    picked = logits.index_select(0, index.reshape(-1)).view(*index.shape, -1)
+    picked = logits.index_select(0, index.reshape(-1)).view(*index.shape, logits.shape[-1])
     chosen = picked.gather(-1, tokens.clamp(min=0).unsqueeze(-1)).squeeze(-1) - picked.logsumexp(-1)
     return chosen.masked_fill_(tokens < 0, float("-inf"))
 

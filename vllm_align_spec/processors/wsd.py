@@ -71,7 +71,7 @@ class WsdProcessor:
         self._constants = zeros(entries, 4 + MAX_STOP_IDS, dtype=torch.int64)
         self._log_gamma = zeros(entries, dtype=torch.float64)
         self._state = zeros(entries, 3, dtype=torch.int64)
-        self._window = zeros(entries, MAX_WINDOW - 1, dtype=torch.float64)  # log p of the latest draft tokens
+        self._window = zeros(entries, MAX_WINDOW, dtype=torch.float64)  # log p of the latest draft tokens
         self._starts = zeros(entries, STEP_CAPACITY, dtype=torch.int32)  # tokens already out when step j began
         self._columns = torch.arange(max(layout.rows, MAX_WINDOW), device=layout.device)
         self._staged: dict[int, tuple[list[int], float, int]] = {}
@@ -130,7 +130,7 @@ class WsdProcessor:
         log_p = torch.where(opening, log_p, 0.0)
         history = torch.cat([self._window[entry], log_p], 1)
         in_window = self._columns[:MAX_WINDOW] >= MAX_WINDOW - window
-        mean = (history.unfold(1, MAX_WINDOW, 1) * in_window[:, None]).sum(-1) / window
+        mean = (history.unfold(1, MAX_WINDOW, 1)[:, 1:] * in_window[:, None]).sum(-1) / window
         reached = opening & (i >= window - 1) & (mean >= self._log_gamma[entry, None] - TOLERANCE)
         bounded = opening & (i >= constants[:, _MAX, None] - 1)
         switch = reached | bounded
@@ -161,7 +161,7 @@ class WsdProcessor:
         tokens[:, 0] = torch.where(first, constants[:, _FIRST], tokens[:, 0])
         force(rows.logits, rows.index, forced, tokens)
 
-        shifted = self._columns[: MAX_WINDOW - 1] + n[:, None]
+        shifted = self._columns[:MAX_WINDOW] + n[:, None]
         self._window[entry] = history.gather(1, shifted)
         ended = drafting & ~goes_on
         state[:, _REASON] = torch.where(ended, reason, state[:, _REASON])

@@ -1,0 +1,1 @@
+"""The benchmarks behind ``vllm-align-spec bench``."""

@@ -1,0 +1,158 @@
+"""Model runner V1 turned into rows.
+
+V1 samples a request's bonus row first and its draft rows later, in two calls that see different tensors. So the rows
+are gathered once before both (`before_sample`), the methods run on that copy, and the result is put into each of
+vLLM's two copies. vLLM's own logits stay as they are: logprobs are the model's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from vllm_align_spec.processors.rows import Rows
+
+if TYPE_CHECKING:
+    from vllm_align_spec.engine.facade import AlignSpecLogitsProcessor
+
+_limit: torch.Tensor | None = None
+"""[requests] tokens each may emit in this step; set by `before_sample`, taken by `truncate` in the same step."""
+
+
+@dataclass
+class Stash:
+    """What was decided for one step."""
+
+    # [M, V] float32: rows of the requests that are ours, in order
+    rows: torch.Tensor
+    # where the last row of each request stands in `rows`, and its line among vLLM's bonus rows
+    last: torch.Tensor
+    last_line: torch.Tensor
+    # the same for draft rows and vLLM's draft rows
+    draft: torch.Tensor
+    draft_line: torch.Tensor
+
+    def edit_last_rows(self, logits: torch.Tensor) -> None:
+        """Puts bonus rows (without speculation: all rows) into what vLLM samples; its own masks stay."""
+        masked = torch.isneginf(logits[self.last_line])
+        logits[self.last_line] = self.rows[self.last].masked_fill_(masked, float("-inf"))
+
+    def edit_draft_rows(self, logits: torch.Tensor) -> None:
+        """Puts draft rows into what vLLM verifies."""
+        logits[self.draft_line] = self.rows[self.draft]
+
+
+def facade_of(logitsprocs: Any) -> AlignSpecLogitsProcessor | None:
+    """Our processor among those of a batch."""
+    from vllm_align_spec.engine.facade import AlignSpecLogitsProcessor
+
+    for processor in logitsprocs.non_argmax_invariant:
+        if isinstance(processor, AlignSpecLogitsProcessor):
+            return processor
+    return None
+
+
+def note_drafts(runner: Any, fits: bool) -> None:
+    """Fills patch ``v1_drafter_fits``: the drafts of the next step are stand-ins if the input did not fit."""
+    facade = facade_of(runner.input_batch.logitsprocs)
+    if facade is not None and facade.processors:
+        facade.drafts_are_real[: runner.input_batch.num_reqs] = fits
+
+
+def before_sample(runner: Any, logits: torch.Tensor | None, metadata: Any) -> None:
+    """Fills patch ``v1_rows``: shows the step's rows to each method that a request of it asked for."""
+    global _limit
+    _limit = None
+    facade = facade_of(runner.input_batch.logitsprocs)
+    if facade is None:
+        return
+    facade.stash = None
+    num_reqs = runner.input_batch.num_reqs
+    slots = np.arange(num_reqs)
+    wanted = {p.method: facade.slots_of(p, slots) for p in facade.processors}
+    ours = np.unique(np.concatenate([*wanted.values(), np.empty(0, np.int64)])).astype(np.int64)
+    if logits is None or ours.size == 0:
+        return
+    device = logits.device
+    drafts = np.zeros(num_reqs, np.int64) if metadata is None else np.asarray(metadata.num_draft_tokens, np.int64)
+    # Line of each request's first row, and of its first draft among all drafts.
+    first = np.cumsum(drafts + 1) - (drafts + 1)
+    first_draft = np.cumsum(drafts) - drafts
+
+    # Our requests' rows, one after another, in a copy of their own.
+    count = drafts[ours] + 1
+    start = np.cumsum(count) - count
+    within = np.arange(count.sum()) - np.repeat(start, count)
+    rows = logits.index_select(0, _send(np.repeat(first[ours], count) + within, device)).float()
+    is_draft = within < np.repeat(count, count) - 1
+    facade.stash = Stash(
+        rows=rows,
+        last=_send(start + count - 1, device),
+        last_line=_send(ours, device),
+        draft=_send(np.flatnonzero(is_draft), device),
+        draft_line=_send((np.repeat(first_draft[ours], count) + within)[is_draft], device),
+    )
+    if metadata is None:
+        fed = runner.query_start_loc.gpu[1 : num_reqs + 1] - 1
+    else:
+        fed = metadata.logits_indices[_send(first, device)]
+    position = runner.positions[fed].long()
+    kept = ~runner.discard_request_mask.gpu[:num_reqs]
+
+    for processor in facade.processors:
+        mine = wanted[processor.method]
+        if mine.size == 0:
+            continue
+        at = np.searchsorted(ours, mine)
+        r = np.arange(count[at].max())
+        index = start[at][:, None] + np.minimum(r, count[at][:, None] - 1)
+        usable = (r < count[at][:, None] - 1) & facade.drafts_are_real[mine][:, None]
+        if usable.any():
+            which = np.where(usable, first_draft[mine][:, None] + r, 0)
+            draft = metadata.draft_token_ids[_send(which, device)].long()
+            draft = torch.where(_send(usable, device), draft, -1)
+        else:
+            draft = torch.full(usable.shape, -1, dtype=torch.int64, device=device)
+        picked = _send(mine, device)
+        entry_np = facade.entries(mine)
+        limit = facade.run(
+            processor,
+            Rows(
+                logits=rows,
+                index=_send(index, device),
+                count=_send(count[at], device) * kept[picked],
+                position=position[picked],
+                draft=draft,
+                entry=_send(entry_np, device),
+                entry_np=entry_np,
+            ),
+            mine,
+        )
+        if limit is not None:
+            if _limit is None:
+                _limit = torch.full((num_reqs,), facade.rows, dtype=torch.int64, device=device)
+            _limit[picked] = torch.minimum(_limit[picked], limit)
+
+
+def edit_draft_rows(logits: torch.Tensor, sampling_metadata: Any) -> None:
+    """Fills patch ``v1_draft_rows``."""
+    facade = facade_of(sampling_metadata.logitsprocs)
+    if facade is not None and facade.stash is not None:
+        facade.stash.edit_draft_rows(logits)
+
+
+def truncate(output_token_ids: torch.Tensor) -> None:
+    """Fills patch ``v1_truncation``: [requests, drafts + 1] verified tokens, -1 where there is none."""
+    global _limit
+    limit, _limit = _limit, None
+    if limit is not None:
+        place = torch.arange(output_token_ids.shape[1], device=output_token_ids.device)
+        output_token_ids.masked_fill_(place >= limit[:, None], -1)
+
+
+def _send(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

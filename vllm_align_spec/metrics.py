@@ -1,0 +1,76 @@
+"""Prometheus metrics, fed in the API server from finished requests and their reports.
+
+Created at first use, in whatever mode vLLM set prometheus_client up for: in a single API server they stand in its
+registry, with several of them in vLLM's multi-process directory, and ``/metrics`` shows both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from prometheus_client import Counter, Gauge, Histogram
+
+_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """All collectors of one API server process. Use `metrics`."""
+
+    def __init__(self) -> None:
+        self.requests = Counter(
+            "align_spec:requests", "Requests that used a method, by how they ended.", ("method", "outcome")
+        )
+        self.refused = Counter(
+            "align_spec:refused", "Requests refused at admission, by the option at fault.", ("option",)
+        )
+        self.method_failures = Counter(
+            "align_spec:method_failures", "Choices whose method failed and that went on as plain decoding.", ("method",)
+        )
+        self.wsd_opening_tokens = Histogram(
+            "align_spec:wsd_opening_tokens", "Draft tokens kept as a response's opening.", buckets=(0, *_TOKENS)
+        )
+        self.wsd_switch = Counter("align_spec:wsd_switch", "Openings, by why they ended.", ("reason", "mode"))
+        self.wsd_tokens_per_forward = Histogram(
+            "align_spec:wsd_tokens_per_forward",
+            "Response tokens per forward pass of the target.",
+            buckets=(1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 11),
+        )
+        self.wsd_time_to_first_token = Histogram(
+            "align_spec:wsd_time_to_first_token_seconds", "From admission to the first token sent.", buckets=_SECONDS
+        )
+        self.wsd_pilot = Histogram(
+            "align_spec:wsd_pilot_seconds", "Time that a hand-over spent waiting for its pilot.", buckets=_SECONDS
+        )
+        self.wsd_pilot_errors = Counter("align_spec:wsd_pilot_errors", "Hand-overs whose pilot did not deliver.")
+        self.reports_stored = Gauge(
+            "align_spec:reports_stored", "Reports that can be read now.", multiprocess_mode="livesum"
+        )
+        self.report_calls = Counter("align_spec:report_calls", "Calls that asked the workers for reports.")
+        self.report_calls_failed = Counter("align_spec:report_calls_failed", "Those of them that failed.")
+
+    def observe_choice(self, report: Mapping[str, Any]) -> None:
+        """Counts one choice's report, as `strategies.base.Strategy.report` made it."""
+        if report.get("reason") == "failed":
+            self.method_failures.labels(report["method"]).inc()
+        if report["method"] != "wsd":
+            return
+        if report["reason"] is not None:
+            self.wsd_switch.labels(report["reason"], report["mode"]).inc()
+            self.wsd_opening_tokens.observe(report["draft_tokens_kept"])
+        if report["tokens_per_forward"] is not None:
+            self.wsd_tokens_per_forward.observe(report["tokens_per_forward"])
+        if report["first_token_ms"] is not None:
+            self.wsd_time_to_first_token.observe(report["first_token_ms"] / 1e3)
+        if "pilot_ms" in report:
+            self.wsd_pilot.observe(report["pilot_ms"] / 1e3)
+            if report["reason"] == "failed":
+                self.wsd_pilot_errors.inc()
+
+
+@cache
+def metrics() -> Metrics:
+    """The process's collectors, created by the first caller."""
+    return Metrics()

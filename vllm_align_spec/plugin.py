@@ -1,0 +1,35 @@
+"""The entry point that vLLM calls in every one of its processes, before an engine is built."""
+
+from __future__ import annotations
+
+import os
+
+from vllm_align_spec.options import DISABLE_ENV
+from vllm_align_spec.patches import install
+from vllm_align_spec.patches.ledger import LEDGER
+
+HOOKS = {
+    "front_end": "vllm_align_spec.engine.frontend:generate",
+    "worker_reports": "vllm_align_spec.engine.facade:reports",
+    "v1_facade": "vllm_align_spec.engine.facade:AlignSpecLogitsProcessor",
+    "v1_rows": "vllm_align_spec.engine.v1:before_sample",
+    "v1_drafter_fits": "vllm_align_spec.engine.v1:note_drafts",
+    "v1_draft_rows": "vllm_align_spec.engine.v1:edit_draft_rows",
+    "v1_truncation": "vllm_align_spec.engine.v1:truncate",
+    "v2_truncation": "vllm_align_spec.engine.v2:truncate",
+}
+"""What fills each patch; imported only when its target is."""
+
+ALLOW_UNVERIFIED_ENV = "VLLM_ALIGN_SPEC_ALLOW_UNVERIFIED"
+"""Set to 1 to only warn about a vLLM whose patched functions nobody verified."""
+
+
+def register() -> None:
+    """Arms the patches. Idempotent and light: nothing of vLLM or torch is imported here.
+
+    Raises:
+        PatchMismatch: a patched function of this vLLM is none that was verified.
+    """
+    if os.environ.get(DISABLE_ENV, "") not in ("", "0"):
+        return
+    install(LEDGER, HOOKS, allow_unverified=os.environ.get(ALLOW_UNVERIFIED_ENV, "") not in ("", "0"))
