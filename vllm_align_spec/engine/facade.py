@@ -205,6 +205,21 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         """The methods of this worker, in registry order."""
         return self._processors
 
+    def observe(
+        self,
+        processor: Processor,
+        entry: torch.Tensor,
+        position: torch.Tensor,
+        counted: torch.Tensor,
+        slots: np.ndarray[Any, Any],
+    ) -> None:
+        """Tells a method of a step of its requests."""
+        try:
+            processor.observe(entry, position, counted)
+        except Exception as error:  # one method must not take the engine down
+            for slot in slots:
+                self._fail(processor, int(slot), error)
+
     def run(self, processor: Processor, rows: Rows, slots: np.ndarray[Any, Any]) -> torch.Tensor | None:
         """One method over its rows; an exception switches it off for the requests of this step."""
         try:

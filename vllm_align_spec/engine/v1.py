@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from vllm_align_spec.processors.rows import Rows
+from vllm_align_spec.processors.rows import Rows, send
 
 if TYPE_CHECKING:
     from vllm_align_spec.engine.facade import AlignSpecLogitsProcessor
+    from vllm_align_spec.processors.rows import Processor
 
 _limit: torch.Tensor | None = None
 """[requests] tokens each may emit in this step; set by `before_sample`, taken by `truncate` in the same step."""
@@ -72,69 +73,75 @@ def before_sample(runner: Any, logits: torch.Tensor | None, metadata: Any) -> No
     facade.stash = None
     num_reqs = runner.input_batch.num_reqs
     slots = np.arange(num_reqs)
-    wanted = {p.method: facade.slots_of(p, slots) for p in facade.processors}
-    ours = np.unique(np.concatenate([*wanted.values(), np.empty(0, np.int64)])).astype(np.int64)
-    if logits is None or ours.size == 0:
+    wanted = [(processor, facade.slots_of(processor, slots)) for processor in facade.processors]
+    if logits is None or not any(mine.size for _, mine in wanted):
         return
     device = logits.device
     drafts = np.zeros(num_reqs, np.int64) if metadata is None else np.asarray(metadata.num_draft_tokens, np.int64)
     # Line of each request's first row, and of its first draft among all drafts.
     first = np.cumsum(drafts + 1) - (drafts + 1)
     first_draft = np.cumsum(drafts) - drafts
-
-    # Our requests' rows, one after another, in a copy of their own.
-    count = drafts[ours] + 1
-    start = np.cumsum(count) - count
-    within = np.arange(count.sum()) - np.repeat(start, count)
-    rows = logits.index_select(0, _send(np.repeat(first[ours], count) + within, device)).float()
-    is_draft = within < np.repeat(count, count) - 1
-    facade.stash = Stash(
-        rows=rows,
-        last=_send(start + count - 1, device),
-        last_line=_send(ours, device),
-        draft=_send(np.flatnonzero(is_draft), device),
-        draft_line=_send((np.repeat(first_draft[ours], count) + within)[is_draft], device),
-    )
     if metadata is None:
-        fed = runner.query_start_loc.gpu[1 : num_reqs + 1] - 1
+        fed = runner.query_start_loc.gpu[1 : num_reqs + 1].long() - 1
     else:
-        fed = metadata.logits_indices[_send(first, device)]
+        fed = metadata.logits_indices[send(first, device)]
     position = runner.positions[fed].long()
     kept = ~runner.discard_request_mask.gpu[:num_reqs]
 
-    for processor in facade.processors:
-        mine = wanted[processor.method]
-        if mine.size == 0:
-            continue
+    active: list[tuple[Processor, np.ndarray[Any, Any]]] = []
+    for processor, mine in wanted:
+        if mine.size:
+            entries = facade.entries(mine)
+            picked = send(mine, device)
+            facade.observe(processor, send(entries, device), position[picked], kept[picked], mine)
+            mine = mine[processor.active(entries)]
+        if mine.size:
+            active.append((processor, mine))
+    if not active:
+        return
+
+    # The rows of every active request, one after another, in a copy of their own.
+    ours = np.unique(np.concatenate([mine for _, mine in active]))
+    count = drafts[ours] + 1
+    start = np.cumsum(count) - count
+    within = np.arange(count.sum()) - np.repeat(start, count)
+    is_draft = within < np.repeat(count, count) - 1
+    stash = Stash(
+        rows=logits.index_select(0, send(np.repeat(first[ours], count) + within, device)).float(),
+        last=send(start + count - 1, device),
+        last_line=send(ours, device),
+        draft=send(np.flatnonzero(is_draft), device),
+        draft_line=send((np.repeat(first_draft[ours], count) + within)[is_draft], device),
+    )
+    for processor, mine in active:
         at = np.searchsorted(ours, mine)
         r = np.arange(count[at].max())
-        index = start[at][:, None] + np.minimum(r, count[at][:, None] - 1)
         usable = (r < count[at][:, None] - 1) & facade.drafts_are_real[mine][:, None]
+        draft = torch.full(usable.shape, -1, dtype=torch.int64, device=device)
         if usable.any():
             which = np.where(usable, first_draft[mine][:, None] + r, 0)
-            draft = metadata.draft_token_ids[_send(which, device)].long()
-            draft = torch.where(_send(usable, device), draft, -1)
-        else:
-            draft = torch.full(usable.shape, -1, dtype=torch.int64, device=device)
-        picked = _send(mine, device)
-        entry_np = facade.entries(mine)
+            draft = torch.where(send(usable, device), metadata.draft_token_ids[send(which, device)].long(), draft)
+        picked = send(mine, device)
+        entries = facade.entries(mine)
         limit = facade.run(
             processor,
             Rows(
-                logits=rows,
-                index=_send(index, device),
-                count=_send(count[at], device) * kept[picked],
+                logits=stash.rows,
+                index=send(start[at][:, None] + np.minimum(r, count[at][:, None] - 1), device),
+                count=send(count[at], device) * kept[picked],
                 position=position[picked],
                 draft=draft,
-                entry=_send(entry_np, device),
-                entry_np=entry_np,
+                entry=send(entries, device),
+                entry_np=entries,
             ),
             mine,
         )
-        if limit is not None:
-            if _limit is None:
-                _limit = torch.full((num_reqs,), facade.rows, dtype=torch.int64, device=device)
-            _limit[picked] = torch.minimum(_limit[picked], limit)
+        if limit is None:
+            continue
+        facade.stash = stash
+        if _limit is None:
+            _limit = torch.full((num_reqs,), facade.rows, dtype=torch.int64, device=device)
+        _limit[picked] = torch.minimum(_limit[picked], limit)
 
 
 def edit_draft_rows(logits: torch.Tensor, sampling_metadata: Any) -> None:
@@ -151,8 +158,3 @@ def truncate(output_token_ids: torch.Tensor) -> None:
     if limit is not None:
         place = torch.arange(output_token_ids.shape[1], device=output_token_ids.device)
         output_token_ids.masked_fill_(place >= limit[:, None], -1)
-
-
-def _send(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_align_spec.processors.rows import Rows
+from vllm_align_spec.processors.rows import Rows, send
 
 if TYPE_CHECKING:
     from vllm_align_spec.engine.facade import AlignSpecLogitsProcessor
@@ -23,43 +23,58 @@ def apply(facade: AlignSpecLogitsProcessor, states: Any, logits: torch.Tensor, c
     global _limit
     _limit = None
     slots = ctx.idx_mapping_np
-    first = count = None
-    for processor in facade.processors:
-        batch = facade.slots_of(processor, slots)
+    wanted = [(processor, facade.slots_of(processor, slots)) for processor in facade.processors]
+    if not any(batch.size for _, batch in wanted):
+        return
+    device = logits.device
+    lines, requests = logits.shape[0], len(slots)
+    if lines == requests:
+        width = 1
+        first = torch.arange(lines, device=device)
+        count = torch.ones_like(first)
+    else:
+        # Rows of one request stand together, numbered from 0.
+        width = facade.rows
+        request = (ctx.expanded_local_pos == 0).cumsum(0) - 1
+        count = torch.zeros(requests, dtype=torch.int64, device=device)
+        count.scatter_add_(0, request, torch.ones_like(request))
+        first = count.cumsum(0) - count
+    position = ctx.pos[first].long()
+    kept = position + 1 >= states.prefill_len.gpu[ctx.idx_mapping.long()]
+    r = torch.arange(width, device=device)
+
+    for processor, batch in wanted:
         if batch.size == 0:
             continue
-        device = logits.device
-        lines = logits.shape[0]
-        if first is None or count is None:
-            if lines == len(slots):
-                first = torch.arange(lines, device=device)
-                count = torch.ones_like(first)
-            else:
-                # Rows of one request stand together, numbered from 0.
-                request = (ctx.expanded_local_pos == 0).cumsum(0) - 1
-                count = torch.zeros(len(slots), dtype=torch.int64, device=device)
-                count.scatter_add_(0, request, torch.ones_like(request))
-                first = count.cumsum(0) - count
-        picked = _send(batch, device)
-        entry_np = facade.entries(slots[batch])
-        first_row, rows = first[picked], count[picked]
-        width = 1 if lines == len(slots) else facade.rows
-        r = torch.arange(width, device=device)
-        index = first_row[:, None] + torch.minimum(r, rows[:, None] - 1)
+        entries = facade.entries(slots[batch])
+        picked = send(batch, device)
+        facade.observe(processor, send(entries, device), position[picked], kept[picked], slots[batch])
+        active = processor.active(entries)
+        if not active.any():
+            continue
+        if not active.all():
+            batch, entries = batch[active], entries[active]
+            picked = send(batch, device)
+        rows = count[picked, None]
+        index = first[picked, None] + torch.minimum(r, rows - 1)
         # The token fed at the next row is the one drafted after this row.
         draft = ctx.input_ids[(index + 1).clamp(max=lines - 1)].long()
-        draft = torch.where(r < rows[:, None] - 1, draft, -1)
-        position = ctx.pos[first_row].long()
-        slot = ctx.expanded_idx_mapping[first_row].long()
-        kept = position + 1 >= states.prefill_len.gpu[slot]
         limit = facade.run(
             processor,
-            Rows(logits, index, rows * kept, position, draft, _send(entry_np, device), entry_np),
+            Rows(
+                logits=logits,
+                index=index,
+                count=rows[:, 0] * kept[picked],
+                position=position[picked],
+                draft=torch.where(r < rows - 1, draft, -1),
+                entry=send(entries, device),
+                entry_np=entries,
+            ),
             slots[batch],
         )
         if limit is not None:
             if _limit is None:
-                _limit = torch.full((len(slots),), facade.rows, dtype=torch.int64, device=device)
+                _limit = torch.full((requests,), facade.rows, dtype=torch.int64, device=device)
             _limit[picked] = torch.minimum(_limit[picked], limit)
 
 
@@ -70,8 +85,3 @@ def truncate(num_sampled: torch.Tensor) -> torch.Tensor:
     if limit is None:
         return num_sampled
     return torch.minimum(num_sampled, limit.to(num_sampled.dtype))
-
-
-def _send(array: Any, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -69,8 +69,20 @@ class Processor(Protocol):
     def flush(self) -> None:
         """Sends what ``admit`` and ``abandon`` staged; runs before the step's forward pass."""
 
+    def observe(self, entry: torch.Tensor, position: torch.Tensor, counted: torch.Tensor) -> None:
+        """Sees every step of every request of the method, whether or not it needs the rows.
+
+        Args:
+            entry: [S] int64.
+            position: [S] int64, as in `Rows`.
+            counted: [S] bool, whether what is sampled in this step is kept.
+        """
+
+    def active(self, entry: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Which requests still need their rows, as far as the host knows; asking must not wait for the device."""
+
     def apply(self, rows: Rows) -> torch.Tensor | None:
-        """Edits the step's logits.
+        """Edits the logits of the active requests of a step.
 
         Returns:
             [S] int64, how many tokens each request may emit in this step, or None where none is limited.
@@ -78,6 +90,12 @@ class Processor(Protocol):
 
     def reports(self, entries: Sequence[int]) -> list[dict[str, Any]]:
         """What happened to the requests in these entries. Waits for the device."""
+
+
+def send(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+    """A small host array on the device, without waiting for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def token_logprobs(logits: torch.Tensor, index: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -95,8 +113,8 @@ def token_logprobs(logits: torch.Tensor, index: torch.Tensor, tokens: torch.Tens
         from vllm_align_spec.processors import kernels
 
         return kernels.token_logprobs(logits, index, tokens)
-    picked = logits.index_select(0, index.reshape(-1)).view(*index.shape, logits.shape[-1])
-    chosen = picked.gather(-1, tokens.clamp(min=0).unsqueeze(-1)).squeeze(-1) - picked.logsumexp(-1)
+    log_p = logits.index_select(0, index.reshape(-1)).log_softmax(-1)
+    chosen = log_p.gather(1, tokens.reshape(-1, 1).clamp(min=0)).view(index.shape)
     return chosen.masked_fill_(tokens < 0, float("-inf"))
 
 
