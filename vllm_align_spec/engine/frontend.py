@@ -1,0 +1,509 @@
+"""Where requests that ask for a method enter: admission, dispatch to a strategy, the report.
+
+`generate` stands in for ``AsyncLLM.generate``. It is a plain function so that a request that cannot be honoured is
+refused before a stream begins, with status 400 instead of an error event behind a 200.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+import uuid
+import weakref
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import vllm.envs as envs
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.inputs.engine import tokens_input
+from vllm.logprobs import FlatLogprobs
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from vllm_align_spec import registry
+from vllm_align_spec.engine.output import Assembler, choice_params, rows
+from vllm_align_spec.engine.pilot import Pilot
+from vllm_align_spec.metrics import metrics
+from vllm_align_spec.options import EngineOptions, OptionError, RequestOptions, is_ours, parse_engine, parse_request
+from vllm_align_spec.report import ReportCollector, ReportStore, WorkerReports
+from vllm_align_spec.strategies.base import Chunk, EngineFacts, Notes, PilotError, Request, Scored, Strategy
+
+logger = logging.getLogger(__name__)
+
+MESSAGES_KEY = "align_spec_messages"
+"""Where a rendered chat prompt carries the conversation that it came from."""
+
+TAIL_TOKENS = 8
+"""Prompt tokens in sight when a text that follows the prompt is encoded: enough for any character's bytes."""
+
+Original = Callable[..., AsyncGenerator[RequestOutput, None]]
+
+
+def generate(
+    original: Original, engine: Any, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
+) -> AsyncGenerator[RequestOutput, None]:
+    """``AsyncLLM.generate`` for every request; those without a key of ours go straight to vLLM.
+
+    Args:
+        original: vLLM's own method, unbound.
+        engine: the ``AsyncLLM``.
+        prompt: as for vLLM.
+        sampling_params: as for vLLM; its ``extra_args`` carry our keys.
+        request_id: as for vLLM.
+        kwargs: vLLM's further arguments.
+
+    Returns:
+        an asynchronous generator; closing it aborts whatever runs for the request.
+
+    Raises:
+        VLLMValidationError: the request asks for something that cannot be honoured.
+    """
+    extra = getattr(sampling_params, "extra_args", None)
+    if not extra or not any(map(is_ours, extra)):
+        return original(engine, prompt, sampling_params, request_id, **kwargs)
+    frontend = of(engine)
+    try:
+        call = frontend.admit(original, prompt, sampling_params, request_id, kwargs)
+    except OptionError as error:
+        metrics().refused.labels(error.option).inc()
+        raise VLLMValidationError(str(error)) from None
+    return frontend.serve(call)
+
+
+_frontends: weakref.WeakKeyDictionary[Any, Frontend] = weakref.WeakKeyDictionary()
+
+
+def of(engine: Any) -> Frontend:
+    """The front end of an engine, made at first use.
+
+    Raises:
+        OptionError: the engine options are wrong.
+    """
+    frontend = _frontends.get(engine)
+    if frontend is None:
+        frontend = _frontends[engine] = Frontend(engine)
+    return frontend
+
+
+@dataclass(frozen=True)
+class Call:
+    """One admitted request."""
+
+    original: Original
+    strategy: Strategy
+    request: Request
+    params: SamplingParams
+    """A private copy of the client's."""
+    request_id: str
+    prompt_extras: Mapping[str, Any]
+    """What inner prompts inherit: cache salt and arrival time."""
+    kwargs: Mapping[str, Any]
+
+
+class Frontend:
+    """What one engine needs in its API server process.
+
+    Args:
+        engine: the ``AsyncLLM``; not kept alive.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = weakref.ref(engine)
+        config = engine.vllm_config
+        self.options: EngineOptions = parse_engine(config.additional_config)
+        self.facts = _facts(config, self.options)
+        self.reports = ReportStore(self.options.reports)
+        self._collector = ReportCollector(self._ask_workers)
+        self._strategies = {strategy.method: strategy for strategy in registry.strategies()}
+        self._finishing: set[asyncio.Task[None]] = set()
+        self.pilot = Pilot(self.options.wsd.pilot) if self.options.wsd.pilot else None
+
+    @property
+    def engine(self) -> Any:
+        """The ``AsyncLLM``, which lives as long as anyone serves requests with it."""
+        engine = self._engine()
+        if engine is None:
+            raise RuntimeError("the engine is gone")
+        return engine
+
+    def admit(
+        self, original: Original, prompt: Any, params: SamplingParams, request_id: str, kwargs: Mapping[str, Any]
+    ) -> Call:
+        """Checks a request against its options, the engine and the methods.
+
+        Raises:
+            OptionError: it cannot be honoured.
+            VLLMValidationError: vLLM itself would refuse it.
+        """
+        if not self.options.enabled:
+            keys = ", ".join(filter(is_ours, params.extra_args or ()))
+            raise OptionError(f"{keys}: the align_spec plugin is switched off on this server; drop these options")
+        options = parse_request(params.extra_args)
+        engine = self.engine
+        rendered = self._render(prompt, kwargs)
+        token_ids = list(rendered["prompt_token_ids"])
+        room = engine.model_config.max_model_len - len(token_ids)
+        if not token_ids or room < 1:
+            raise VLLMValidationError(
+                f"The prompt has {len(token_ids)} tokens; accepted: 1 to {engine.model_config.max_model_len - 1}"
+            )
+        params = params.clone()
+        params.extra_args = {k: v for k, v in (params.extra_args or {}).items() if not is_ours(k)} or None
+        bends = _bends(params, kwargs, engine.model_config)
+        if not bends:
+            params.verify(
+                engine.model_config,
+                engine.vllm_config.speculative_config,
+                engine.vllm_config.structured_outputs_config,
+                engine.renderer.tokenizer,
+            )
+        text = rendered.get("prompt") or kwargs.get("prompt_text")
+        request = Request(
+            options=options,
+            prompt_token_ids=token_ids,
+            prompt_text=text,
+            messages=rendered.get(MESSAGES_KEY),
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            min_tokens=params.min_tokens,
+            room=room,
+            stop_token_ids=self._stop_token_ids(params),
+            bends=bends,
+            logprobs_of_ids=params.logprob_token_ids is not None,
+        )
+        strategy = self._strategy(options)
+        strategy.admit(request, self.facts)
+        inherited: dict[str, Any] = {key: rendered[key] for key in ("cache_salt", "arrival_time") if key in rendered}
+        inner_kwargs = {key: value for key, value in kwargs.items() if key not in ("prompt_text", "lora_request")}
+        return Call(original, strategy, request, params, request_id, inherited, inner_kwargs)
+
+    def _strategy(self, options: Sequence[RequestOptions]) -> Strategy:
+        return next(self._strategies[one.method] for one in options if one.method in self._strategies)
+
+    def _render(self, prompt: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        if isinstance(prompt, dict) and prompt.get("type") in ("multimodal", "embeds", "enc_dec"):
+            raise OptionError(
+                f"a prompt of type {prompt['type']!r} cannot be combined with align_spec options; "
+                "accepted: text or token ids",
+                "prompt",
+            )
+        if isinstance(prompt, dict) and prompt.get("type") == "token":
+            return prompt
+        if not isinstance(prompt, (str, list, dict)) or "prompt_embeds" in prompt or "multi_modal_data" in prompt:
+            raise OptionError(
+                f"a prompt of type {type(prompt).__name__} cannot be combined with align_spec options; "
+                "accepted: text or token ids, all of it before generation starts",
+                "prompt",
+            )
+        # A raw prompt, from Python and not from a server. vLLM renders it on a thread, but an answer is due here.
+        from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+        engine = self.engine
+        tokenization = engine.renderer.default_cmpl_tok_params.with_kwargs(**(kwargs.get("tokenization_kwargs") or {}))
+        (rendered,) = engine.renderer.render_cmpl([parse_model_prompt(engine.model_config, prompt)], tokenization)
+        return dict(rendered)
+
+    def _stop_token_ids(self, params: SamplingParams) -> list[int]:
+        engine = self.engine
+        from_model = engine.input_processor.generation_config_fields.get("eos_token_id")
+        found = [engine.renderer.get_eos_token_id(), *(from_model if isinstance(from_model, list) else [from_model])]
+        return list(dict.fromkeys(i for i in [*found, *(params.stop_token_ids or ())] if i is not None))
+
+    async def serve(self, call: Call) -> AsyncGenerator[RequestOutput, None]:
+        """The client's outputs. Ends, is closed or is cancelled: then nothing runs on for the request.
+
+        Raises:
+            GracefulHTTPError: the pilot failed.
+            Exception: as ``AsyncLLM.generate``.
+        """
+        engine = self.engine
+        assembler = Assembler(
+            call.request_id,
+            list(call.request.prompt_token_ids),
+            call.request.prompt_text,
+            call.params,
+            call.prompt_extras.get("arrival_time") or time.time(),
+            engine.renderer.tokenizer,
+            engine.output_processor.stream_interval,
+        )
+        choices = [_Choice(self, call, index) for index in range(call.params.n)]
+        began = time.monotonic()
+        outcome = "cancelled"
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            tasks += [asyncio.create_task(choice.run(assembler)) for choice in choices]
+            async with aclosing(assembler.outputs()) as outputs:
+                async for output in outputs:
+                    delta = call.params.output_kind == RequestOutputKind.DELTA
+                    for completion in output.outputs:
+                        choices[completion.index].count(completion, delta)
+                    yield output
+            outcome = "completed"
+        except (asyncio.CancelledError, GeneratorExit):
+            raise
+        except Exception as error:
+            outcome = "failed"
+            if isinstance(error, PilotError):
+                status = HTTPStatus.GATEWAY_TIMEOUT if error.timed_out else HTTPStatus.BAD_GATEWAY
+                raise GracefulHTTPError(str(error), status) from error
+            raise
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            metrics().requests.labels(call.strategy.method, outcome).inc()
+            # The last token has left, so asking the workers costs this request nothing.
+            finishing = asyncio.create_task(self._report(call, choices, assembler, outcome, began))
+            self._finishing.add(finishing)
+            finishing.add_done_callback(self._finishing.discard)
+
+    async def _report(
+        self, call: Call, choices: Sequence[_Choice], assembler: Assembler, outcome: str, began: float
+    ) -> None:
+        entry = self.reports.open(call.request_id)
+        total_ms = _ms_since(began)
+        try:
+            asked = [self._collector.collect(choice.worker_id) if choice.worker_id else None for choice in choices]
+            found = []
+            for choice, answer in zip(choices, asked, strict=True):
+                method = call.strategy.method
+                of_method = _of_method(method, await answer) if answer is not None else None
+                report = {
+                    "index": choice.index,
+                    "method": method,
+                    "outcome": outcome,
+                    "finish_reason": choice.finish_reason,
+                    "response_tokens": choice.tokens,
+                    "first_token_ms": choice.first_token_ms,
+                    "total_ms": total_ms,
+                    "complete": answer is None or of_method is not None,
+                    **call.strategy.report(
+                        choice.notes, of_method, choice.tokens, max(choice.tokens, assembler.emitted[choice.index])
+                    ),
+                }
+                metrics().observe_choice(report)
+                found.append(report)
+            entry.choices = found
+        except Exception:
+            logger.exception("No report for request %s", call.request_id)
+        finally:
+            entry.done.set()
+
+    async def _ask_workers(self, ids: list[str]) -> WorkerReports:
+        core = self.engine.engine_core
+        # collective_rpc hears the first data-parallel engine only.
+        per_engine = await core.call_utility_all_async("collective_rpc", "align_spec_reports", None, (ids,), None)
+        merged: dict[str, Mapping[str, Any]] = {}
+        for answers in per_engine:
+            for answer in answers:
+                merged |= answer
+        return merged
+
+
+class _Choice:
+    """One of a request's ``n`` choices; also the engine as its strategy sees it."""
+
+    def __init__(self, frontend: Frontend, call: Call, index: int) -> None:
+        self._frontend, self._call, self.index = frontend, call, index
+        self._params = choice_params(call.params, index)
+        self._inner = 0
+        self._began = time.monotonic()
+        self.notes: Notes = {}
+        self.worker_id: str | None = None
+        """Id under which the worker knows the latest inner request that a token processor sees."""
+        self.tokens = 0
+        self.finish_reason: str | None = None
+        self.first_token_ms: float | None = None
+
+    async def run(self, assembler: Assembler) -> None:
+        """Feeds the strategy's tokens to the assembler until the choice ends."""
+        try:
+            async with aclosing(self._call.strategy.run(self._call.request, self, self.notes)) as chunks:
+                async for chunk in chunks:
+                    if chunk.token_ids and self.first_token_ms is None:
+                        self.first_token_ms = _ms_since(self._began)
+                    if not assembler.put(self.index, chunk) and chunk.finish_reason is None:
+                        break  # a stop string: closing the generator aborts the inner request
+        except Exception as error:
+            assembler.fail(error)
+
+    def count(self, completion: CompletionOutput, delta: bool) -> None:
+        """Notes what is about to leave to the client."""
+        sent = len(completion.token_ids)
+        self.tokens = self.tokens + sent if delta else sent
+        self.finish_reason = completion.finish_reason or self.finish_reason
+
+    async def generate(
+        self,
+        prompt_token_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        min_tokens: int,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> AsyncGenerator[Chunk, None]:
+        """See `strategies.base.Engine.generate`."""
+        params = self._params.clone()
+        params.detokenize = False
+        params.stop = []
+        params.output_text_buffer_length = 0
+        params.output_kind = RequestOutputKind.DELTA
+        params.flat_logprobs = True
+        params.max_tokens = max_tokens
+        params.min_tokens = min_tokens
+        if arguments is not None:
+            self.worker_id = uuid.uuid4().hex
+            params.extra_args = {**(params.extra_args or {}), **arguments, "align_spec_id": self.worker_id}
+        async with aclosing(self._launch(prompt_token_ids, params)) as outputs:
+            async for output in outputs:
+                completion = output.outputs[0]
+                token_ids = list(completion.token_ids)
+                logprobs = completion.logprobs
+                yield Chunk(
+                    token_ids,
+                    None if logprobs is None else rows(logprobs, len(logprobs) - len(token_ids), len(logprobs)),
+                    completion.finish_reason,
+                    completion.stop_reason,
+                    output,
+                )
+
+    async def score(self, prompt_token_ids: Sequence[int], start: int) -> Scored:
+        """See `strategies.base.Engine.score`."""
+        wanted = self._params.logprobs
+        # Scoring a draft again and again is short only because of the cache. What the cache holds has no logprobs:
+        # those of `start` need the token before it computed.
+        found, cached = await self._prompt_logprobs(prompt_token_ids, wanted or 0, skip_cache=False)
+        if cached >= start:
+            found, _ = await self._prompt_logprobs(prompt_token_ids, wanted or 0, skip_cache=True)
+        # Counted from the end: with a part of the prompt cached, not every runner returns rows for that part.
+        scored = rows(found, len(found) - (len(prompt_token_ids) - start), len(found))
+        probabilities = [math.exp(min(0.0, values[0])) for _, values, _ in scored]
+        return Scored(probabilities, None if wanted is None else scored)
+
+    async def _prompt_logprobs(
+        self, prompt_token_ids: Sequence[int], count: int, skip_cache: bool
+    ) -> tuple[FlatLogprobs, int]:
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            flat_logprobs=True,
+            prompt_logprobs=count,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_reading_prefix_cache=skip_cache,
+        )
+        async with aclosing(self._launch(prompt_token_ids, params)) as outputs:
+            async for output in outputs:
+                if output.prompt_logprobs is not None:
+                    return output.prompt_logprobs, output.num_cached_tokens or 0
+        raise RuntimeError("the engine scored nothing")
+
+    def _launch(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> AsyncGenerator[RequestOutput, None]:
+        prompt: dict[str, Any] = {**tokens_input(list(prompt_token_ids)), **self._call.prompt_extras}
+        # One outer id for all inner requests, so that AsyncLLM.abort(request_id) still ends them all.
+        request_id = self._call.request_id
+        if envs.VLLM_DISABLE_REQUEST_ID_RANDOMIZATION:
+            request_id = f"{request_id}-{self.index}-{self._inner}"
+        self._inner += 1
+        return self._call.original(self._frontend.engine, prompt, params, request_id, **self._call.kwargs)
+
+    def encode(self, prompt_token_ids: Sequence[int], text: str) -> tuple[list[int], list[int]]:
+        """See `strategies.base.Engine.encode`."""
+        tokenizer = self._frontend.engine.renderer.get_tokenizer()
+        tail = list(prompt_token_ids[-TAIL_TOKENS:])
+        before = _decode(tokenizer, tail)
+        # With the prompt's end in sight where tokens meet at the seam; else, and if that fails, on its own.
+        found = _encode_after(tokenizer, before, text)
+        if found is None or _decode(tokenizer, tail + found[0]) != before + text:
+            alone = _encode_after(tokenizer, "", text)
+            if alone is not None and (found is None or _decode(tokenizer, tail + alone[0]) == before + text):
+                found = alone
+        return found or ([], [])
+
+    def draft(self, request: Request) -> AsyncGenerator[str, None]:
+        """See `strategies.base.Engine.draft`."""
+        pilot = self._frontend.pilot
+        if pilot is None:
+            raise PilotError("this engine has no pilot")  # admission refuses such requests
+        text = request.prompt_text
+        if request.messages is None and text is None:
+            tokenizer = self._frontend.engine.renderer.get_tokenizer()
+            text = tokenizer.decode(list(request.prompt_token_ids), skip_special_tokens=True)
+        return pilot.draft(request.messages, text)
+
+
+def _of_method(method: str, worker: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """One processor's report, with what went wrong around it."""
+    if worker is None:
+        return None
+    error = worker.get("error")
+    failed = {"reason": "failed", "kept": 0, "error": error} if error else None
+    found = worker.get(method)
+    if found is None:
+        return failed
+    return {**found, "error": error} if error else dict(found)
+
+
+def _ms_since(began: float) -> float:
+    return round((time.monotonic() - began) * 1e3, 3)
+
+
+def _decode(tokenizer: Any, token_ids: list[int]) -> str:
+    text: str = tokenizer.decode(token_ids, skip_special_tokens=False)
+    return text
+
+
+def _encode_after(tokenizer: Any, before: str, text: str) -> tuple[list[int], list[int]] | None:
+    """Tokens of ``text`` behind ``before``, or None if a token lies across the seam."""
+    if not tokenizer.is_fast:
+        if before:
+            return None
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        return token_ids, [len(_decode(tokenizer, token_ids[: i + 1])) for i in range(len(token_ids))]
+    encoded = tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)
+    seam = len(before)
+    offsets = encoded["offset_mapping"]
+    first = next((i for i, (_, end) in enumerate(offsets) if end > seam), len(offsets))
+    if first < len(offsets) and offsets[first][0] < seam:
+        return None
+    return encoded["input_ids"][first:], [end - seam for _, end in offsets[first:]]
+
+
+def _facts(config: Any, options: EngineOptions) -> EngineFacts:
+    speculative = config.speculative_config
+    return EngineFacts(
+        draft_method=None if speculative is None else speculative.method,
+        draft_sampling=getattr(speculative, "draft_sample_method", "greedy"),
+        rejection_method=getattr(speculative, "rejection_sample_method", "standard"),
+        fixed_draft_length=speculative is None
+        or not (speculative.enable_adaptive_verification or speculative.uses_dynamic_speculative_decoding()),
+        shards_sampling=bool(config.parallel_config.enable_batch_sharded_sampling),
+        scores_are_logprobs=config.model_config.logprobs_mode in ("raw_logprobs", "processed_logprobs"),
+        pilot=options.wsd.pilot is not None,
+    )
+
+
+def _bends(params: SamplingParams, kwargs: Mapping[str, Any], model_config: Any) -> dict[str, str]:
+    """What in a request changes the model's distribution, or what else no inner request can carry."""
+    drop = "drop it"
+    by_default = "send {}={} (the model's generation_config may set another default)"
+    extra = params.extra_args or {}
+    found: dict[str, tuple[Any, Any, str]] = {
+        "prompt_logprobs": (params.prompt_logprobs, None, f"{drop} (echo with logprobs sets it)"),
+        "prompt_logprob_token_ids": (params.prompt_logprob_token_ids is not None, False, drop),
+        "structured_outputs": (params.structured_outputs is not None, False, f"{drop} (response_format, tools set it)"),
+        "logit_bias": (bool(params.logit_bias), False, drop),
+        "bad_words": (params.bad_words or [], [], drop),
+        "allowed_token_ids": (params.allowed_token_ids is not None, False, drop),
+        "thinking_token_budget": (params.thinking_token_budget, None, drop),
+        "trace_decode_token_ids": (params.trace_decode_token_ids is not None, False, drop),
+        "kv_transfer_params": ("kv_transfer_params" in extra or "ec_transfer_params" in extra, False, drop),
+        "lora_request": (kwargs.get("lora_request") is not None, False, "name the base model; the pilot has no LoRA"),
+        "return_sampling_mask": (bool(getattr(model_config, "return_sampling_mask", False)), False, "start without it"),
+    }
+    for name, neutral in (("presence_penalty", 0.0), ("frequency_penalty", 0.0), ("repetition_penalty", 1.0)):
+        found[name] = (getattr(params, name), neutral, by_default.format(name, neutral))
+    return {f"{name}={value!r}": instead for name, (value, neutral, instead) in found.items() if value != neutral}

@@ -1,0 +1,174 @@
+"""What a strategy sees of a request and of the engine, and what it hands back. No vLLM here: ``engine/`` fills it in.
+
+A strategy turns one request into any number of inner ones and yields the tokens that the client shall have, in order
+and never taken back. Text, stop strings, usage and the shape of the response are not its business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from vllm_align_spec.options import RequestOptions
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens in the order in which the client shall see them."""
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[Any] | None = None
+    """One opaque entry a token, as the engine gave it; None unless the client asked for logprobs."""
+    finish_reason: str | None = None
+    """vLLM's word for why the response ended here; None if it goes on."""
+    stop_reason: int | str | None = None
+    source: Any = None
+    """The engine's own output that these tokens came from, if they are its latest; opaque."""
+
+    def drop(self, count: int) -> Chunk:
+        """The chunk without its first ``count`` tokens."""
+        logprobs = None if self.logprobs is None else self.logprobs[count:]
+        return Chunk(self.token_ids[count:], logprobs, self.finish_reason, self.stop_reason, self.source)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the base model thinks of given tokens."""
+
+    probabilities: Sequence[float]
+    """Untempered probability of each token after everything before it."""
+    logprobs: Sequence[Any] | None
+    """Opaque entries fit for `Chunk.logprobs`; None unless the client asked for logprobs."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One choice of one prompt, as the client asked for it."""
+
+    options: Sequence[RequestOptions]
+    prompt_token_ids: Sequence[int]
+    prompt_text: str | None
+    messages: Sequence[Mapping[str, Any]] | None
+    """The conversation that the prompt was rendered from, in the chat API's shape; None if there was none."""
+    max_tokens: int
+    min_tokens: int
+    room: int
+    """Tokens that the engine's context still holds after the prompt; at least ``max_tokens``."""
+    stop_token_ids: Sequence[int]
+    """Every id that ends a response: end-of-sequence ids of model and tokenizer, then the client's own."""
+    bends: Mapping[str, str] = field(default_factory=dict)
+    """What else bends or hides the base model's distribution in this request: name=value, and how to do without."""
+    logprobs_of_ids: bool = False
+    """Whether the client asked for the log-probabilities of token ids that it named."""
+
+    def option(self, kind: type[Any]) -> Any:
+        """The request's options of one method."""
+        return next(options for options in self.options if isinstance(options, kind))
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What admission must know about the engine."""
+
+    draft_method: str | None
+    """Method of speculative decoding; None without it."""
+    draft_sampling: str
+    """How drafts are sampled: ``greedy`` or ``probabilistic``."""
+    rejection_method: str
+    fixed_draft_length: bool
+    """False if the engine changes the number of draft tokens, or how many it verifies, from step to step."""
+    shards_sampling: bool
+    """Whether tensor-parallel ranks sample different parts of the batch."""
+    scores_are_logprobs: bool
+    """Whether the engine reports log-probabilities rather than logits where it is asked for them."""
+    pilot: bool
+    """Whether the operator configured a pilot for WSD's hand-over mode."""
+
+
+class Engine(Protocol):
+    """The engine as one choice of one request sees it. Closing a generator aborts what it launched."""
+
+    def generate(
+        self,
+        prompt_token_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        min_tokens: int,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> AsyncGenerator[Chunk, None]:
+        """Continues a prompt with the request's own sampling parameters, except those given.
+
+        Args:
+            prompt_token_ids: what to continue.
+            max_tokens: most tokens to generate.
+            min_tokens: fewest before a stop id may end it.
+            arguments: for the token processors in the worker; None for an ordinary request.
+        """
+        ...
+
+    async def score(self, prompt_token_ids: Sequence[int], start: int) -> Scored:
+        """The base model's opinion of ``prompt_token_ids[start:]``; ``start`` is at least 1."""
+        ...
+
+    def encode(self, prompt_token_ids: Sequence[int], text: str) -> tuple[list[int], list[int]]:
+        """Tokens of a text that follows a prompt.
+
+        Returns:
+            token ids, and for each the number of characters of ``text`` up to its end.
+        """
+        ...
+
+    def draft(self, request: Request) -> AsyncGenerator[str, None]:
+        """Text of the pilot's greedy answer, a chunk of its tokens at a time, until it ends by itself.
+
+        Raises:
+            PilotError: the pilot is down, slow or answers nonsense.
+        """
+        ...
+
+
+class PilotError(Exception):
+    """The pilot of WSD's hand-over mode did not deliver.
+
+    Args:
+        message: what happened, for the client.
+        timed_out: whether it was too slow, rather than wrong.
+    """
+
+    def __init__(self, message: str, timed_out: bool = False) -> None:
+        super().__init__(message)
+        self.timed_out = timed_out
+
+
+Notes = dict[str, Any]
+"""What a strategy remembers of one choice for its report."""
+
+
+class Strategy(Protocol):
+    """A method on the response plane. Instances hold no state of a request."""
+
+    method: ClassVar[str]
+
+    def admit(self, request: Request, engine: EngineFacts) -> None:
+        """Refuses what cannot be honoured.
+
+        Raises:
+            OptionError: with a message for the client.
+        """
+        ...
+
+    def run(self, request: Request, engine: Engine, notes: Notes) -> AsyncGenerator[Chunk, None]:
+        """The response of one choice, ending with the chunk that carries a finish reason."""
+        ...
+
+    def report(self, notes: Notes, worker: Mapping[str, Any] | None, tokens: int, emitted: int) -> dict[str, Any]:
+        """What happened to one choice.
+
+        Args:
+            notes: as ``run`` left them.
+            worker: the token processor's report of the last inner request that had one; None if it did not come.
+            tokens: response tokens that the client received.
+            emitted: response tokens that ``run`` yielded; more than ``tokens`` where a stop string cut some off.
+        """
+        ...
