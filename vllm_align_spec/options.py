@@ -9,14 +9,12 @@ This module imports neither vLLM nor torch: the API server, the workers and the 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-DISABLE_ENV = "VLLM_ALIGN_SPEC_DISABLE"
-"""Set to 1 to leave a stock vLLM, whatever the engine options say."""
+from vllm_align_spec import disabled
 
 MAX_WINDOW = 64
 """Largest ``wsd_window``; the worker keeps this many log-probabilities per request."""
@@ -171,7 +169,7 @@ def parse_engine(additional_config: Any) -> EngineOptions:
         options = EngineOptions.model_validate(raw)
     except ValidationError as error:
         raise OptionError(_explain(error, EngineOptions, prefix="additional_config.align_spec.")) from None
-    if os.environ.get(DISABLE_ENV, "") not in ("", "0"):
+    if disabled():
         options = options.model_copy(update={"enabled": False})
     return options
 

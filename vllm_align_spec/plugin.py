@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from vllm_align_spec.options import DISABLE_ENV
+from vllm_align_spec import disabled
 from vllm_align_spec.patches import install
 from vllm_align_spec.patches.ledger import LEDGER
 
@@ -30,6 +30,6 @@ def register() -> None:
     Raises:
         PatchMismatch: a patched function of this vLLM is none that was verified.
     """
-    if os.environ.get(DISABLE_ENV, "") not in ("", "0"):
+    if disabled():
         return
     install(LEDGER, HOOKS, allow_unverified=os.environ.get(ALLOW_UNVERIFIED_ENV, "") not in ("", "0"))

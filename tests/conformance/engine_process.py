@@ -1,0 +1,85 @@
+"""One engine in a process of its own: reads a JSON command a line, answers a JSON line.
+
+The runner is chosen by the environment before vLLM is imported, so two runners need two processes.
+"""
+
+import json
+import os
+import sys
+
+
+def main() -> None:
+    config = json.loads(sys.argv[1])
+    if config.pop("runner") == "v2":
+        import v2_on_cpu  # noqa: F401
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM prints to stdout
+
+    if config.pop("async_scheduling", False):
+        # The CPU platform forces asynchronous scheduling off; a GPU has it on.
+        from vllm.platforms.cpu import CpuPlatform
+
+        check = CpuPlatform.check_and_update_config.__func__
+
+        def check_and_stay_async(cls, vllm_config):
+            check(cls, vllm_config)
+            vllm_config.scheduler_config.async_scheduling = True
+
+        CpuPlatform.check_and_update_config = classmethod(check_and_stay_async)
+
+    import vllm.v1.engine.async_llm  # noqa: F401 - so that the front end's patch is in force
+    from vllm import LLM, SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    broken = config.pop("broken_processor", False)
+    llm = LLM(**config)
+    if broken:
+        from vllm_align_spec.processors.wsd import WsdProcessor
+
+        healthy = WsdProcessor.apply
+
+        def apply(self, rows):
+            if (self._constants[rows.entry, 3] == 77).any():  # wsd_max_draft=77 asks for the failure
+                raise RuntimeError("broken on purpose")
+            return healthy(self, rows)
+
+        WsdProcessor.apply = apply
+
+    def params(spec):
+        if "grammar" in spec:
+            spec["structured_outputs"] = StructuredOutputsParams(**spec.pop("grammar"))
+        return SamplingParams(detokenize=False, **spec)
+
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for line in sys.stdin:
+        command = json.loads(line)
+        if "reports" in command:
+            (answer,) = llm.collective_rpc("align_spec_reports", args=(command["reports"],))
+        elif "patches" in command:
+            from vllm_align_spec.patches import STATE
+
+            answer = STATE
+        else:
+            try:
+                outputs = llm.generate(
+                    [{"prompt_token_ids": p} for p in command["prompts"]],
+                    [params(s) for s in command["params"]],
+                    use_tqdm=False,
+                )
+                answer = [
+                    {
+                        "tokens": list(o.outputs[0].token_ids),
+                        "finish": o.outputs[0].finish_reason,
+                        "logprobs": [
+                            {str(k): v.logprob for k, v in position.items()} for position in o.outputs[0].logprobs or []
+                        ],
+                    }
+                    for o in outputs
+                ]
+            except Exception as error:
+                answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
