@@ -252,21 +252,27 @@ class Frontend:
                 raise GracefulHTTPError(str(error), status) from error
             raise
         finally:
+            # Nothing is awaited here: a server that cancels this generator would cancel that too, again and again.
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             metrics().requests.labels(call.strategy.method, outcome).inc()
-            # The last token has left, so asking the workers costs this request nothing.
-            finishing = asyncio.create_task(self._report(call, choices, assembler, outcome, began))
+            finishing = asyncio.create_task(self._report(call, choices, tasks, assembler, outcome, _ms_since(began)))
             self._finishing.add(finishing)
             finishing.add_done_callback(self._finishing.discard)
 
     async def _report(
-        self, call: Call, choices: Sequence[_Choice], assembler: Assembler, outcome: str, began: float
+        self,
+        call: Call,
+        choices: Sequence[_Choice],
+        tasks: Sequence[asyncio.Task[None]],
+        assembler: Assembler,
+        outcome: str,
+        total_ms: float,
     ) -> None:
+        """Runs when the last token has left, so asking the workers costs this request nothing."""
         entry = self.reports.open(call.request_id)
-        total_ms = _ms_since(began)
         try:
+            await asyncio.gather(*tasks, return_exceptions=True)
             asked = [self._collector.collect(choice.worker_id) if choice.worker_id else None for choice in choices]
             found = []
             for choice, answer in zip(choices, asked, strict=True):

@@ -1,0 +1,29 @@
+"""One real server for all tests here: the lab's base model, its pilot as draft model, and a hand-over pilot."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from serving import SPECULATION, PilotEndpoint, start_server, stop_server
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory, pilot):
+    """The server; it must be alive when the tests are done."""
+    options = {
+        "align_spec": {"wsd": {"pilot": {"url": pilot.url, "model": "pilot", "timeout_s": 5, "chunk_tokens": 8}}}
+    }
+    arguments = ["--speculative-config", SPECULATION, "--additional-config", json.dumps(options)]
+    server = start_server(tmp_path_factory.mktemp("server") / "log", *arguments)
+    yield server
+    alive = server.process.poll() is None and server.get("/health")[0] == 200
+    stop_server(server)
+    assert alive, server.log.read_text()[-3000:]
+
+
+@pytest.fixture(scope="session")
+def pilot():
+    endpoint = PilotEndpoint()
+    yield endpoint
+    endpoint.close()
