@@ -28,10 +28,10 @@ ABSENT = "absent"
 """The fingerprint of a symbol that vLLM does not have: the patch adds it."""
 
 STATE: dict[str, str] = {}
-"""Patch name -> ``pending`` (its module is not imported), ``applied``, or ``unverified: ...`` (applied all the same)."""
+"""Patch name -> ``pending`` (its module is not imported), ``applied``, or ``unverified: ...`` (applied anyway)."""
 
 
-class PatchMismatch(RuntimeError):
+class PatchMismatchError(RuntimeError):
     """vLLM's source at a patched symbol is none that was verified."""
 
 
@@ -75,7 +75,7 @@ def install(patches: Sequence[Patch], hooks: Mapping[str, str], *, allow_unverif
         allow_unverified: only warn where a fingerprint is unknown.
 
     Raises:
-        PatchMismatch: now, or when the module is imported later.
+        PatchMismatchError: now, or when the module is imported later.
     """
     waiting: dict[str, list[Callable[[ModuleType], None]]] = {}
     for patch in patches:
@@ -113,7 +113,7 @@ def _apply(patch: Patch, module: ModuleType, hook: str | None, allow_unverified:
             "risk with VLLM_ALIGN_SPEC_ALLOW_UNVERIFIED=1 in the environment"
         )
         if not allow_unverified:
-            raise PatchMismatch(message)
+            raise PatchMismatchError(message)
         logger.warning("%s", message)
         state = f"unverified: {found}"
     filled = None

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-
 from vllm_align_spec.patches import Patch
 
 if TYPE_CHECKING:
@@ -36,8 +35,8 @@ PATCH = Patch(
     name="cpu_expand",
     module="vllm.utils.cpu_triton_utils",
     symbol="_expand_kernel_impl",
-    why="The CPU kernel writes into an int64 copy of a float tensor, so draft rows are divided by uninitialised memory: "
-    "with speculation, sampling at T > 0 is wrong, and so is greedy decoding beside it (measured: a token of "
+    why="The CPU kernel writes to an int64 copy of a float tensor, so draft rows are divided by uninitialised memory. "
+    "With speculation, sampling at T > 0 is wrong, and so is greedy decoding beside it (measured: a token of "
     "probability 0.97 came in 4% of 400 samples).",
     how="Writes the values into the tensor itself.",
     upstream="https://github.com/vllm-project/vllm/blob/main/vllm/utils/cpu_triton_utils.py",

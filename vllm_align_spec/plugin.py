@@ -28,7 +28,7 @@ def register() -> None:
     """Arms the patches. Idempotent and light: nothing of vLLM or torch is imported here.
 
     Raises:
-        PatchMismatch: a patched function of this vLLM is none that was verified.
+        PatchMismatchError: a patched function of this vLLM is none that was verified.
     """
     if disabled():
         return

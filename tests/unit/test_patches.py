@@ -8,7 +8,7 @@ import textwrap
 import pytest
 
 from vllm_align_spec import patches
-from vllm_align_spec.patches import ABSENT, Patch, PatchMismatch, fingerprint, install
+from vllm_align_spec.patches import ABSENT, Patch, PatchMismatchError, fingerprint, install
 from vllm_align_spec.patches.ledger import LEDGER
 from vllm_align_spec.plugin import HOOKS
 
@@ -46,7 +46,7 @@ def test_names_are_distinct_and_hooks_belong_to_patches():
         assert callable(getattr(importlib.import_module(module), function))
 
 
-def make(tmp_path, monkeypatch, name, source, fingerprints):
+def make(tmp_path, monkeypatch, name, source, known):
     (tmp_path / f"{name}.py").write_text(textwrap.dedent(source))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(patches, "STATE", {})
@@ -57,7 +57,7 @@ def make(tmp_path, monkeypatch, name, source, fingerprints):
 
         return replacement
 
-    return Patch(name, name, "f", "because it must", "by wrapping it", "https://x", "when it can go", fingerprints, wrap)
+    return Patch(name, name, "f", "because it must", "by wrapping it", "https://x", "when it can go", known, wrap)
 
 
 def test_a_patch_waits_for_its_module_and_applies_once(tmp_path, monkeypatch):
@@ -81,7 +81,7 @@ def test_a_patch_waits_for_its_module_and_applies_once(tmp_path, monkeypatch):
 def test_unknown_source_is_refused_at_import_and_names_both_sides(tmp_path, monkeypatch):
     patch = make(tmp_path, monkeypatch, "has_changed", "def f():\n    return 'changed'\n", {"1": "0123456789abcdef"})
     install([patch], {})
-    with pytest.raises(PatchMismatch, match="has_changed.*0123456789abcdef"):
+    with pytest.raises(PatchMismatchError, match=r"has_changed.*0123456789abcdef"):
         importlib.import_module("has_changed")
     sys.modules.pop("has_changed", None)
 
@@ -120,7 +120,7 @@ def test_registering_is_light_and_idempotent():
 
 
 def test_the_kill_switch_of_the_environment_leaves_vllm_alone():
-    code = "from vllm_align_spec.plugin import register; register(); from vllm_align_spec.patches import STATE; print(STATE)"
+    code = "from vllm_align_spec import patches, plugin; plugin.register(); print(patches.STATE)"
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"VLLM_ALIGN_SPEC_DISABLE": "1"}
     )

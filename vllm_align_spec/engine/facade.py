@@ -32,7 +32,7 @@ _facades: weakref.WeakSet[AlignSpecLogitsProcessor] = weakref.WeakSet()
 
 
 class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
-    """A logits processor of both interfaces. V1 constructs it with (config, device, pinned), V2 with (config, states)."""
+    """Valid under both interfaces: V1 constructs it with (config, device, pinned), V2 with (config, states)."""
 
     def __init__(self, vllm_config: Any, device_or_states: Any, is_pin_memory: bool | None = None) -> None:
         on_v1 = is_pin_memory is not None
@@ -198,7 +198,8 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
     def entries(self, slots: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
         """The entries of the requests in these slots."""
-        return self._entry[slots]
+        found: np.ndarray[Any, np.dtype[np.int64]] = self._entry[slots]
+        return found
 
     @property
     def processors(self) -> list[Processor]:
@@ -221,7 +222,7 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
                 self._fail(processor, int(slot), error)
 
     def run(self, processor: Processor, rows: Rows, slots: np.ndarray[Any, Any]) -> torch.Tensor | None:
-        """One method over its rows; an exception switches it off for the requests of this step."""
+        """One method over its rows; an exception switches it off for the requests of this step, and gives None."""
         try:
             return processor.apply(rows)
         except Exception as error:  # one method must not take the engine down

@@ -81,11 +81,11 @@ class Processor(Protocol):
     def active(self, entry: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Which requests still need their rows, as far as the host knows; asking must not wait for the device."""
 
-    def apply(self, rows: Rows) -> torch.Tensor | None:
+    def apply(self, rows: Rows) -> torch.Tensor:
         """Edits the logits of the active requests of a step.
 
         Returns:
-            [S] int64, how many tokens each request may emit in this step, or None where none is limited.
+            [S] int64, how many tokens each request may emit in this step; L and more do not limit it.
         """
 
     def reports(self, entries: Sequence[int]) -> list[dict[str, Any]]:

@@ -89,7 +89,8 @@ class WsdProcessor:
     def admit(self, entry: int, arguments: Mapping[str, Any], prompt_len: int) -> None:
         """``prompt_len`` counts the inner request's prompt, whose last token was held back to be forced first."""
         stops = list(arguments["align_spec_stop_ids"])
-        constants = [prompt_len, arguments["align_spec_first_token"], arguments["wsd_window"], arguments["wsd_max_draft"]]
+        first, window, bound = (arguments[k] for k in ("align_spec_first_token", "wsd_window", "wsd_max_draft"))
+        constants = [prompt_len, first, window, bound]
         padding = [-2] * (MAX_STOP_IDS - len(stops))
         self._staged[entry] = (constants + stops + padding, math.log(arguments["wsd_gamma"]), _DRAFTING)
         self._ended[entry] = False
@@ -134,7 +135,7 @@ class WsdProcessor:
             self._ended[entries] |= same_request & (reason.numpy() != _DRAFTING)
         return ~self._ended[entry]
 
-    def apply(self, rows: Rows) -> torch.Tensor | None:
+    def apply(self, rows: Rows) -> torch.Tensor:
         """Forces the opening's rows and finds the switch; see `rows.Processor.apply`."""
         entry = rows.entry
         constants, reason_before, kept = self._constants[entry], self._reason[entry], self._kept[entry]
