@@ -2,6 +2,7 @@
 
 from vllm_align_spec.patches import (
     Patch,
+    chat_messages,
     cpu_expand,
     front_end,
     v1_draft_rows,
@@ -15,6 +16,7 @@ from vllm_align_spec.patches import (
 
 LEDGER: tuple[Patch, ...] = (
     front_end.PATCH,
+    chat_messages.PATCH,
     worker_reports.PATCH,
     v1_facade.PATCH,
     v1_rows.PATCH,

@@ -10,6 +10,7 @@ from vllm_align_spec.patches.ledger import LEDGER
 
 HOOKS = {
     "front_end": "vllm_align_spec.engine.frontend:generate",
+    "chat_messages": "vllm_align_spec.engine.frontend:attach_messages",
     "worker_reports": "vllm_align_spec.engine.facade:reports",
     "v1_facade": "vllm_align_spec.engine.facade:AlignSpecLogitsProcessor",
     "v1_rows": "vllm_align_spec.engine.v1:before_sample",

@@ -75,6 +75,12 @@ def generate(
     return frontend.serve(call)
 
 
+def attach_messages(conversations: Sequence[Any], engine_inputs: Sequence[dict[str, Any]]) -> None:
+    """Fills patch ``chat_messages``: the pilot of WSD's hand-over mode has a chat template of its own."""
+    for conversation, engine_input in zip(conversations, engine_inputs, strict=True):
+        engine_input[MESSAGES_KEY] = conversation
+
+
 _frontends: weakref.WeakKeyDictionary[Any, Frontend] = weakref.WeakKeyDictionary()
 
 

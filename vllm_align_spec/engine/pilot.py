@@ -22,7 +22,8 @@ from typing import Any
 
 import httpx
 
-from vllm_align_spec.options import DISABLE_ENV, PilotOptions
+from vllm_align_spec import DISABLE_ENV
+from vllm_align_spec.options import PilotOptions
 from vllm_align_spec.strategies.base import PilotError
 
 logger = logging.getLogger(__name__)
