@@ -1,1 +1,34 @@
 """The benchmarks behind ``vllm-align-spec bench``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+BENCHES = {
+    "overhead": "what the plugin costs where no request uses it",
+    "wsd": "time and reward of weak-to-strong decoding",
+}
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add ``bench NAME``; each sets ``run`` to a handler that takes the arguments."""
+    parser = subparsers.add_parser("bench", help="measure: a table, a figure, and numbers as JSON")
+    names = parser.add_subparsers(required=True, metavar="NAME", dest="bench")
+    for name, told in BENCHES.items():
+        bench = names.add_parser(name, help=told)
+        bench.add_argument("--quick", action="store_true", help="at most 3 minutes: fewer repeats and sizes")
+        bench.add_argument("--json", type=Path, metavar="FILE", help="where the numbers go (default: in --out)")
+        bench.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for the figure and the numbers")
+        bench.set_defaults(run=_run)
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    import importlib
+
+    module = importlib.import_module(f"{__name__}.{parsed.bench}")
+    return int(module.run(quick=parsed.quick, json_file=parsed.json, out=parsed.out) or 0)
