@@ -2,7 +2,7 @@
 
 import math
 
-from conftest import log_probabilities, stop_id
+from wsd_engine import log_probabilities, stop_id
 
 from vllm_align_spec.processors.wsd import switch_index
 

@@ -1,16 +1,17 @@
 """Weak-to-strong decoding inside the real engine, on both runners, against transformers."""
 
 import pytest
-from conftest import DRAFTS, log_probabilities, prompts
 from laws import assert_wsd, greedy
+from wsd_engine import DRAFTS, log_probabilities, prompts
 
 RUNNERS = ["v1", "v2"]
 UNREACHABLE = {"wsd_window": 64}
 """No opening shorter than its window can switch."""
 
 
-@pytest.fixture(params=RUNNERS)
+@pytest.fixture(params=RUNNERS, scope="session")
 def runner(request):
+    """Of session scope, so that pytest runs one runner's tests after the other's and engines start once."""
     return request.param
 
 
@@ -73,17 +74,6 @@ def test_the_switch_is_where_the_pure_rule_puts_it(engine):
     assert outputs[6]["report"]["wsd"]["kept"] == 1
 
 
-def test_mixed_batches_leave_neighbours_as_an_engine_without_the_plugin_serves_them(engines, engine, runner):
-    plain = [{"prompt": p, "params": {"max_tokens": 16}} for p in prompts()[:4]]
-    mixed = [request for pair in zip(plain, (wsd(p) for p in prompts()[4:8]), strict=True) for request in pair]
-    beside = [o["tokens"] for r, o in zip(mixed, check(engine, mixed), strict=True) if "wsd" not in r]
-    alone = engines(runner, env={"VLLM_ALIGN_SPEC_DISABLE": "1"}).generate(plain)
-    for request, got, expected in zip(plain, beside, alone, strict=True):
-        if got != expected["tokens"]:
-            # Batch shape moves logits; only a close call may differ.
-            assert greedy("base", request["prompt"], got, 0, len(got)) > 0
-
-
 def test_a_sampled_continuation_keeps_the_pilots_opening(engine):
     requests = [
         wsd(p, UNREACHABLE | {"wsd_max_draft": 8}, temperature=0.9, seed=i) for i, p in enumerate(prompts()[:4])
@@ -131,13 +121,32 @@ def test_prefix_caching_changes_nothing(engine):
     assert first["report"] == second["report"]
 
 
+def test_keys_that_no_front_end_admitted_are_refused(engine):
+    answer = engine.start([{"prompt": prompts()[0], "params": {"extra_args": {"wsd": "shared"}}}])
+    assert "vllm_align_spec.engine.offline.LLM" in answer["error"]
+
+
+def test_mixed_batches_leave_neighbours_as_an_engine_without_the_plugin_serves_them(engines, engine, runner):
+    plain = [{"prompt": p, "params": {"max_tokens": 16}} for p in prompts()[:4]]
+    mixed = [request for pair in zip(plain, (wsd(p) for p in prompts()[4:8]), strict=True) for request in pair]
+    beside = [o["tokens"] for r, o in zip(mixed, check(engine, mixed), strict=True) if "wsd" not in r]
+    alone = engines(runner, env={"VLLM_ALIGN_SPEC_DISABLE": "1"}).generate(plain)
+    for request, got, expected in zip(plain, beside, alone, strict=True):
+        if got != expected["tokens"]:
+            # Batch shape moves logits; only a close call may differ.
+            assert greedy("base", request["prompt"], got, 0, len(got)) > 0
+
+
 def test_preempted_requests_keep_to_the_law(engines, runner):
-    # 14 blocks of 32 cannot hold what so many requests of this length need.
-    engine = engines(runner, num_gpu_blocks_override=14, enable_prefix_caching=False, max_model_len=256)
-    count, length = (6, 90) if runner == "v1" else (4, 40)
-    requests = [wsd(p, UNREACHABLE | {"wsd_max_draft": 60}, max_tokens=length) for p in prompts()[:count]]
+    # So few blocks of 32 tokens cannot hold what the requests need together.
+    blocks, count, length = (14, 6, 90) if runner == "v1" else (8, 4, 44)
+    engine = engines(runner, num_gpu_blocks_override=blocks, enable_prefix_caching=False, max_model_len=224)
+    requests = [wsd(p, UNREACHABLE | {"wsd_max_draft": 63}, max_tokens=length) for p in prompts()[:count]]
     outputs = check(engine, requests)
     assert all(len(o["tokens"]) == length for o in outputs)
+    assert "interrupted" in {o["report"]["wsd"]["reason"] for o in outputs}, (
+        "nothing was preempted: the test shows nothing"
+    )
 
 
 def test_chunked_prefill_and_a_neighbour_beyond_the_drafters_length(engines, runner):
@@ -169,11 +178,6 @@ def test_a_processor_that_raises_takes_nothing_down(engines, runner):
     greedy("base", requests[1]["prompt"], neighbour["tokens"], 0, len(neighbour["tokens"]))
     assert len(broken["tokens"]) == 24
     check(engine, [wsd(prompts()[3], {})])
-
-
-def test_keys_that_no_front_end_admitted_are_refused(engine):
-    answer = engine.start([{"prompt": prompts()[0], "params": {"extra_args": {"wsd": "shared"}}}])
-    assert "vllm_align_spec.engine.offline.LLM" in answer["error"]
 
 
 def test_with_the_target_as_its_own_pilot_any_gamma_gives_the_targets_answer(engines, runner):

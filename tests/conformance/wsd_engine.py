@@ -1,0 +1,154 @@
+"""Engines, one a configuration, and references computed by transformers."""
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from functools import cache
+from pathlib import Path
+
+import torch
+import transformers
+
+from vllm_align_spec import lab
+
+DRAFTS = 5
+HERE = Path(__file__).parent
+
+
+class Engine:
+    """A client of `engine_process`."""
+
+    def __init__(self, runner, env=None, **config):
+        self.runner = runner
+        settings = {
+            "runner": runner,
+            "model": str(lab.model_path("base")),
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 512,
+            "max_num_seqs": 16,
+            "block_size": 32,
+            "gpu_memory_utilization": 0.1,
+            "speculative_config": {
+                "method": "draft_model",
+                "model": str(lab.model_path("pilot")),
+                "num_speculative_tokens": DRAFTS,
+            },
+            **config,
+        }
+        environment = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            **os.environ,
+            **(env or {}),
+        }
+        self._log = open(f"/tmp/align_spec_engine_{os.getpid()}_{uuid.uuid4().hex[:6]}.log", "w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "engine_process.py"), json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+            cwd=HERE,
+        )
+        self._answer()
+
+    def _answer(self):
+        line = self._process.stdout.readline()
+        if not line:
+            self._log.seek(0)
+            raise RuntimeError("the engine died:\n" + self._log.read()[-6000:])
+        return json.loads(line)
+
+    def _ask(self, **command):
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def patches(self):
+        return self._ask(patches=True)
+
+    def generate(self, requests):
+        """Runs requests in one batch. WSD requests are prepared as admission prepares them."""
+        return self.collect(self.start(requests), requests)
+
+    def start(self, requests):
+        prompts, params = [], []
+        for request in requests:
+            spec = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, **request.get("params", {})}
+            prompt = request["prompt"]
+            if "wsd" in request:
+                request["id"] = uuid.uuid4().hex
+                spec["max_tokens"] += 1
+                spec["extra_args"] = {
+                    "wsd": "shared",
+                    "wsd_gamma": 0.8,
+                    "wsd_window": 6,
+                    "wsd_max_draft": 512,
+                    **request["wsd"],
+                    "align_spec_id": request["id"],
+                    "align_spec_first_token": prompt[-1],
+                    "align_spec_stop_ids": [stop_id()],
+                }
+                prompt = prompt[:-1]
+            prompts.append(prompt)
+            params.append(spec)
+        return self._ask(prompts=prompts, params=params)
+
+    def collect(self, outputs, requests):
+        assert isinstance(outputs, list), outputs
+        ids = [r["id"] for r in requests if "wsd" in r]
+        reports = self._ask(reports=ids) if ids else {}
+        for request, output in zip(requests, outputs, strict=True):
+            if "wsd" in request:
+                assert output["tokens"][0] == request["prompt"][-1], "the held-back prompt token comes first"
+                output["tokens"] = output["tokens"][1:]
+                output["logprobs"] = output["logprobs"][1:]
+                output["report"] = reports[request["id"]]
+        return outputs
+
+    def close(self):
+        self._process.stdin.close()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        self._log.close()
+        os.unlink(self._log.name)
+
+
+@cache
+def tokenizer():
+    return transformers.AutoTokenizer.from_pretrained(lab.model_path("base"))
+
+
+@cache
+def stop_id():
+    return tokenizer().eos_token_id
+
+
+@cache
+def reference(name):
+    torch.set_num_threads(1)
+    return transformers.AutoModelForCausalLM.from_pretrained(lab.model_path(name), dtype=torch.float32).eval()
+
+
+@cache
+def prompts():
+    return [
+        tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        for messages in lab.heldout_prompts("chat")
+    ]
+
+
+@torch.no_grad()
+def log_probabilities(name, prompt, tokens):
+    """[len(tokens), V] untempered log-probabilities of an independent forward pass, one row a token."""
+    logits = reference(name)(torch.tensor([prompt + tokens])).logits[0].float()
+    return logits[len(prompt) - 1 : len(prompt) + len(tokens) - 1].log_softmax(-1)
