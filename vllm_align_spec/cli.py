@@ -84,8 +84,9 @@ def _doctor(parsed: argparse.Namespace) -> int:
 
 def serve(arguments: Sequence[str]) -> int:
     """``vllm serve`` with the same arguments, in the environment that `server_environment` makes."""
-    # A fresh interpreter, because preloading happens when a process starts.
-    command = [sys.executable, "-m", __name__, "vllm", "serve", *arguments]
+    # A fresh interpreter, because preloading happens when a process starts; like a script, it does not import from the
+    # current folder (-P).
+    command = [sys.executable, "-P", "-m", "vllm_align_spec.cli", "vllm", "serve", *arguments]
     os.execve(sys.executable, command, server_environment(os.environ))  # noqa: S606
 
 
