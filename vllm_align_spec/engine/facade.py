@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Logit
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
 from vllm_align_spec import options, registry
+from vllm_align_spec.engine import v2
 from vllm_align_spec.patches import STATE
 from vllm_align_spec.processors.rows import Layout, Processor, Rows
 
@@ -154,8 +156,7 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
                 self._place(slot, params.extra_args, len(prompt or ()), resumed=bool(output))
             for source, target, direction in batch_update.moved:
                 self._move(source, target, swap=direction is MoveDirectionality.SWAP)
-        for processor in self._processors:
-            processor.flush()
+        self.apply_staged_writes()
 
     def _move(self, source: int, target: int, *, swap: bool) -> None:
         arrays = [self._entry, self.drafts_are_real, *self._wants.values()]
@@ -175,9 +176,10 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         return self._place(req_idx, sampling_params.extra_args, prompt_len, resumed=resumed)
 
     def apply_staged_writes(self) -> None:
-        """V2: runs before each forward pass."""
+        """Runs before each forward pass."""
         for processor in self._processors:
-            processor.flush()
+            with self.guard(processor=processor):
+                processor.flush()
 
     # Both ------------------------------------------------------------------------------------------------------
 
@@ -187,8 +189,6 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             if self.stash is not None:
                 self.stash.edit_last_rows(logits)
         else:
-            from vllm_align_spec.engine import v2
-
             v2.apply(self, self._states, logits, ctx)
         return logits
 
@@ -206,29 +206,28 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         """The methods of this worker, in registry order."""
         return self._processors
 
-    def observe(
-        self,
-        processor: Processor,
-        entry: torch.Tensor,
-        position: torch.Tensor,
-        counted: torch.Tensor,
-        slots: np.ndarray[Any, Any],
-    ) -> None:
-        """Tells a method of a step of its requests."""
-        try:
-            processor.observe(entry, position, counted)
-        except Exception as error:  # one method must not take the engine down
-            for slot in slots:
-                self._fail(processor, int(slot), error)
+    def observe(self, processor: Processor, slots: np.ndarray[Any, Any], *step: torch.Tensor) -> None:
+        """Tells a method of a step of its requests; ``step`` as in `Processor.observe`."""
+        with self.guard(slots, processor):
+            processor.observe(*step)
 
-    def run(self, processor: Processor, rows: Rows, slots: np.ndarray[Any, Any]) -> torch.Tensor | None:
-        """One method over its rows; an exception switches it off for the requests of this step, and gives None."""
-        try:
+    def run(self, processor: Processor, slots: np.ndarray[Any, Any], rows: Rows) -> torch.Tensor | None:
+        """One method over its rows; None if it failed."""
+        with self.guard(slots, processor):
             return processor.apply(rows)
-        except Exception as error:  # one method must not take the engine down
-            for slot in slots:
-                self._fail(processor, int(slot), error)
-            return None
+        return None
+
+    @contextmanager
+    def guard(
+        self, slots: np.ndarray[Any, Any] | None = None, processor: Processor | None = None
+    ) -> Generator[None, None, None]:
+        """What fails inside switches the method (or all) off for the requests in these slots (or all); never more."""
+        try:
+            yield
+        except Exception as error:
+            for slot in np.flatnonzero(self._entry >= 0) if slots is None else slots:
+                for one in self._processors if processor is None else (processor,):
+                    self._fail(one, int(slot), error)
 
     def reports(self, ids: list[str]) -> dict[str, dict[str, Any]]:
         """What happened to the requests with these ids; unknown ones are left out."""

@@ -68,14 +68,19 @@ def before_sample(runner: Any, logits: torch.Tensor | None, metadata: Any) -> No
     global _limit
     _limit = None
     facade = facade_of(runner.input_batch.logitsprocs)
-    if facade is None:
-        return
-    facade.stash = None
+    if facade is not None:
+        facade.stash = None
+        if logits is not None:
+            with facade.guard():
+                _limit = _show(facade, runner, logits, metadata)
+
+
+def _show(facade: AlignSpecLogitsProcessor, runner: Any, logits: torch.Tensor, metadata: Any) -> torch.Tensor | None:
     num_reqs = runner.input_batch.num_reqs
     slots = np.arange(num_reqs)
     wanted = [(processor, facade.slots_of(processor, slots)) for processor in facade.processors]
-    if logits is None or not any(mine.size for _, mine in wanted):
-        return
+    if not any(mine.size for _, mine in wanted):
+        return None
     device = logits.device
     drafts = np.zeros(num_reqs, np.int64) if metadata is None else np.asarray(metadata.num_draft_tokens, np.int64)
     # Line of each request's first row, and of its first draft among all drafts.
@@ -93,12 +98,12 @@ def before_sample(runner: Any, logits: torch.Tensor | None, metadata: Any) -> No
         if mine.size:
             entries = facade.entries(mine)
             picked = send(mine, device)
-            facade.observe(processor, send(entries, device), position[picked], kept[picked], mine)
+            facade.observe(processor, mine, send(entries, device), position[picked], kept[picked])
             mine = mine[processor.active(entries)]
         if mine.size:
             active.append((processor, mine))
     if not active:
-        return
+        return None
 
     # The rows of every active request, one after another, in a copy of their own.
     ours = np.unique(np.concatenate([mine for _, mine in active]))
@@ -113,6 +118,7 @@ def before_sample(runner: Any, logits: torch.Tensor | None, metadata: Any) -> No
         draft=send(np.flatnonzero(is_draft), device),
         draft_line=send((np.repeat(first_draft[ours], count) + within)[is_draft], device),
     )
+    limits = torch.full((num_reqs,), facade.rows, dtype=torch.int64, device=device)
     for processor, mine in active:
         at = np.searchsorted(ours, mine)
         r = np.arange(count[at].max())
@@ -125,6 +131,7 @@ def before_sample(runner: Any, logits: torch.Tensor | None, metadata: Any) -> No
         entries = facade.entries(mine)
         limit = facade.run(
             processor,
+            mine,
             Rows(
                 logits=stash.rows,
                 index=send(start[at][:, None] + np.minimum(r, count[at][:, None] - 1), device),
@@ -134,14 +141,11 @@ def before_sample(runner: Any, logits: torch.Tensor | None, metadata: Any) -> No
                 entry=send(entries, device),
                 entry_np=entries,
             ),
-            mine,
         )
-        if limit is None:
-            continue
-        facade.stash = stash
-        if _limit is None:
-            _limit = torch.full((num_reqs,), facade.rows, dtype=torch.int64, device=device)
-        _limit[picked] = torch.minimum(_limit[picked], limit)
+        if limit is not None:
+            facade.stash = stash
+            limits[picked] = torch.minimum(limits[picked], limit)
+    return limits
 
 
 def edit_draft_rows(logits: torch.Tensor, sampling_metadata: Any) -> None:

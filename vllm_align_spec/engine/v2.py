@@ -22,10 +22,16 @@ def apply(facade: AlignSpecLogitsProcessor, states: Any, logits: torch.Tensor, c
     """Shows the chunk's rows to each method that a request of it asked for."""
     global _limit
     _limit = None
+    with facade.guard():
+        _limit = _show(facade, states, logits, ctx)
+
+
+def _show(facade: AlignSpecLogitsProcessor, states: Any, logits: torch.Tensor, ctx: Any) -> torch.Tensor | None:
     slots = ctx.idx_mapping_np
     wanted = [(processor, facade.slots_of(processor, slots)) for processor in facade.processors]
     if not any(batch.size for _, batch in wanted):
-        return
+        return None
+    limits = None
     device = logits.device
     lines, requests = logits.shape[0], len(slots)
     if lines == requests:
@@ -48,7 +54,7 @@ def apply(facade: AlignSpecLogitsProcessor, states: Any, logits: torch.Tensor, c
             continue
         entries = facade.entries(slots[batch])
         picked = send(batch, device)
-        facade.observe(processor, send(entries, device), position[picked], kept[picked], slots[batch])
+        facade.observe(processor, slots[batch], send(entries, device), position[picked], kept[picked])
         active = processor.active(entries)
         if not active.any():
             continue
@@ -61,6 +67,7 @@ def apply(facade: AlignSpecLogitsProcessor, states: Any, logits: torch.Tensor, c
         draft = ctx.input_ids[(index + 1).clamp(max=lines - 1)].long()
         limit = facade.run(
             processor,
+            slots[batch],
             Rows(
                 logits=logits,
                 index=index,
@@ -70,12 +77,12 @@ def apply(facade: AlignSpecLogitsProcessor, states: Any, logits: torch.Tensor, c
                 entry=send(entries, device),
                 entry_np=entries,
             ),
-            slots[batch],
         )
         if limit is not None:
-            if _limit is None:
-                _limit = torch.full((requests,), facade.rows, dtype=torch.int64, device=device)
-            _limit[picked] = torch.minimum(_limit[picked], limit)
+            if limits is None:
+                limits = torch.full((requests,), facade.rows, dtype=torch.int64, device=device)
+            limits[picked] = torch.minimum(limits[picked], limit)
+    return limits
 
 
 def truncate(num_sampled: torch.Tensor) -> torch.Tensor:
