@@ -146,8 +146,14 @@ class PilotEndpoint:
             def log_message(self, *args):
                 pass
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
+        self._handler = Handler
+        self._port = 0
+        self.open()
+        self.url = f"http://127.0.0.1:{self._port}/v1"
+
+    def open(self):
+        self._http = ThreadingHTTPServer(("127.0.0.1", self._port), self._handler)
+        self._port = self._http.server_port
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
     def close(self):

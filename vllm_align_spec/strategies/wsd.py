@@ -96,7 +96,7 @@ class WsdStrategy:
         found = notes if mode == "handover" else worker or {}
         kept, reason = found.get("kept"), found.get("reason")
         if kept is not None and kept > tokens:  # a stop string or max_tokens cut the opening short
-            kept, reason = tokens, "drafting"
+            kept, reason = tokens, reason if reason == "failed" else "drafting"
         report: dict[str, Any] = {
             "mode": mode,
             "reason": reason,
