@@ -85,6 +85,11 @@ class RequestOptions(BaseModel):
     method: ClassVar[str]
     """The method's name, its switch key, and (with ``_``) the prefix of its other keys."""
 
+    align_spec_strict: bool = Field(
+        False,
+        description="End the request with an error, instead of plain decoding, if the method fails inside a step.",
+    )
+
 
 class WsdOptions(RequestOptions):
     """Request options of weak-to-strong decoding (arXiv 2506.07434, section 3)."""
@@ -101,10 +106,6 @@ class WsdOptions(RequestOptions):
     wsd_max_draft: int = Field(512, ge=1, le=65536, description="Draft tokens after which the base model takes over.")
     wsd_fallback: Literal["error", "base"] = Field(
         "error", description="`handover` only: what follows when the pilot fails, an error or plain decoding."
-    )
-    align_spec_strict: bool = Field(
-        False,
-        description="End the request with an error, instead of plain decoding, if the method fails inside a step.",
     )
 
 

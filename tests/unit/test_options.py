@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from vllm_align_spec import options
+from vllm_align_spec import DISABLE_ENV
 from vllm_align_spec.options import OptionError, WsdOptions, parse_engine, parse_request
 
 
@@ -105,5 +105,5 @@ def test_wrong_engine_options_name_their_place(tree, names):
 
 
 def test_the_environment_switches_everything_off(monkeypatch):
-    monkeypatch.setenv(options.DISABLE_ENV, "1")
+    monkeypatch.setenv(DISABLE_ENV, "1")
     assert not parse_engine({"align_spec": {"enabled": True}}).enabled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -107,7 +108,7 @@ def test_final_only_is_one_output_and_cumulative_grows(tokenizer, ids):
     outputs, _ = run(tokenizer, pieces(ids, [2, 2]), output_kind=RequestOutputKind.CUMULATIVE)
     texts = [o.outputs[0].text for o in outputs]
     assert texts[-1] == TEXT
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
 
 
 @pytest.mark.parametrize("kind", list(RequestOutputKind))

@@ -19,7 +19,7 @@ from http import HTTPStatus
 from typing import Any
 
 import vllm.envs as envs
-from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMValidationError
 from vllm.inputs.engine import tokens_input
 from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput, RequestOutput
@@ -30,7 +30,7 @@ from vllm_align_spec.engine.output import Assembler, choice_params, rows
 from vllm_align_spec.engine.pilot import Pilot
 from vllm_align_spec.metrics import metrics
 from vllm_align_spec.options import EngineOptions, OptionError, RequestOptions, is_ours, parse_engine, parse_request
-from vllm_align_spec.report import ReportCollector, ReportStore, WorkerReports
+from vllm_align_spec.report import Entry, ReportCollector, ReportStore, WorkerReports
 from vllm_align_spec.strategies.base import Chunk, EngineFacts, Notes, PilotError, Request, Scored, Strategy
 
 logger = logging.getLogger(__name__)
@@ -247,6 +247,8 @@ class Frontend:
                     delta = call.params.output_kind == RequestOutputKind.DELTA
                     for completion in output.outputs:
                         choices[completion.index].count(completion, delta)
+                    if output.finished and any(options.align_spec_strict for options in call.request.options):
+                        await self._insist(call.strategy.method, choices)
                     yield output
             outcome = "completed"
         except (asyncio.CancelledError, GeneratorExit):
@@ -262,12 +264,25 @@ class Frontend:
             for task in tasks:
                 task.cancel()
             metrics().requests.labels(call.strategy.method, outcome).inc()
-            finishing = asyncio.create_task(self._report(call, choices, tasks, assembler, outcome, _ms_since(began)))
+            entry = self.reports.open(call.request_id)
+            finishing = asyncio.create_task(
+                self._report(entry, call, choices, tasks, assembler, outcome, _ms_since(began))
+            )
             self._finishing.add(finishing)
             finishing.add_done_callback(self._finishing.discard)
 
+    async def _insist(self, method: str, choices: Sequence[_Choice]) -> None:
+        """For strict requests, which pay for it: no end of the response before the workers say that all went well."""
+        asked = [self._collector.collect(choice.worker_id) for choice in choices if choice.worker_id]
+        for answer in asked:
+            found = _of_method(method, await answer)
+            if found is None or found.get("reason") == "failed":
+                why = (found or {}).get("error") or "the workers gave no report"
+                raise GenerationError(f"{method} failed, and align_spec_strict asks for an error then: {why}")
+
     async def _report(
         self,
+        entry: Entry,
         call: Call,
         choices: Sequence[_Choice],
         tasks: Sequence[asyncio.Task[None]],
@@ -276,7 +291,6 @@ class Frontend:
         total_ms: float,
     ) -> None:
         """Runs when the last token has left, so asking the workers costs this request nothing."""
-        entry = self.reports.open(call.request_id)
         try:
             await asyncio.gather(*tasks, return_exceptions=True)
             asked = [self._collector.collect(choice.worker_id) if choice.worker_id else None for choice in choices]

@@ -25,7 +25,7 @@ from vllm_align_spec.engine import frontend
 T = TypeVar("T")
 
 
-class LLM(OfflineInferenceMixin):  # type: ignore[misc]  # vLLM is not followed, so its classes are Any
+class LLM(OfflineInferenceMixin):
     """Generates texts; ``generate`` and ``chat`` take and return what those of ``vllm.LLM`` do.
 
     Our options are keys of ``SamplingParams.extra_args``. The engine runs in processes of its own: a script needs
