@@ -21,7 +21,7 @@ import pytest
 import vllm_align_spec.lab
 
 MODELS = Path(vllm_align_spec.lab.__file__).parent / "models"
-START_TIMEOUT_S = 240
+START_TIMEOUT_S = 600
 MESSAGES = [{"role": "user", "content": "How can I keep my desk tidy?"}]
 PROMPT = f"<|bos|><|user|>\n{MESSAGES[0]['content']}<|end|>\n<|assistant|>\n"
 """The same as the lab's chat template writes it: the pilot answers at some length."""

@@ -69,6 +69,15 @@ def test_a_request_that_cannot_be_honoured_raises_and_leaves_nothing_behind(llm)
     assert llm.generate(PROMPT, params(max_tokens=2), use_tqdm=False)[0].finished
 
 
+def test_raw_prompts_of_the_asynchronous_engine_are_rendered_at_admission(llm):
+    async def ask():
+        engine = llm.llm_engine.engine
+        return [output async for output in engine.generate("A desk", params(extra_args=LONG), "raw")][-1]
+
+    (same,) = llm.generate("A desk", params(extra_args=LONG), use_tqdm=False)
+    assert llm.llm_engine.call(ask()).outputs[0].text == same.outputs[0].text
+
+
 @pytest.mark.slow
 def test_vllms_own_class_refuses_our_options_and_names_ours(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")

@@ -199,7 +199,8 @@ class Frontend:
             )
         if isinstance(prompt, dict) and prompt.get("type") == "token":
             return prompt
-        if not isinstance(prompt, (str, list, dict)) or "prompt_embeds" in prompt or "multi_modal_data" in prompt:
+        more_than_tokens = isinstance(prompt, dict) and not {"prompt_embeds", "multi_modal_data"}.isdisjoint(prompt)
+        if more_than_tokens or not isinstance(prompt, (str, list, dict)):
             raise OptionError(
                 f"a prompt of type {type(prompt).__name__} cannot be combined with align_spec options; "
                 "accepted: text or token ids, all of it before generation starts",
