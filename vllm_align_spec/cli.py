@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["vllm"]:
         return run_vllm(arguments[1:])
     parsed = _parser().parse_args(arguments)
+    # So that whatever a command started is stopped when the command is told to go.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     return int(parsed.run(parsed) or 0)
 
 

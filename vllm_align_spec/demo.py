@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -52,8 +50,6 @@ def demo(*, prompts: int = 3, keep: bool = False, port: int = 0) -> int:
         port: 0 takes a free one.
     """
     console = Console()
-    # So that `with` stops the server when we are told to go.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     log = Path(tempfile.mkdtemp(prefix="vllm-align-spec-")) / "server.log"
     speculation = {
         "method": "draft_model",
