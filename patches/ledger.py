@@ -4,6 +4,7 @@ from vllm_align_spec.patches import (
     Patch,
     chat_messages,
     cpu_expand,
+    cpu_top_k,
     front_end,
     v1_draft_rows,
     v1_drafter_fits,
@@ -25,4 +26,5 @@ LEDGER: tuple[Patch, ...] = (
     v1_truncation.PATCH,
     v2_truncation.PATCH,
     cpu_expand.PATCH,
+    cpu_top_k.PATCH,
 )

