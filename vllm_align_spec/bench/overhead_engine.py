@@ -1,7 +1,7 @@
 """An engine in a process of its own, with or without our plugin; run as a script by `overhead`, importing none of ours.
 
 It reads one JSON object a line and answers with one: ``{"batch": n, "tokens": m, "ids": [...]}`` generates, and
-``{"memory": true}`` tells the unique memory of this process and of the engine's.
+``{"memory": true}`` tells the memory of each process.
 """
 
 from __future__ import annotations
@@ -46,13 +46,17 @@ async def consume(engine: Any, asked: dict[str, Any], request_id: str) -> None:
         pass
 
 
-def memory() -> list[float]:
-    """MB that belong to this process alone, and the same for the engine's process."""
+def memory() -> dict[str, float]:
+    """MB that belong to one process alone: this one, the engine's, the worker's."""
     import psutil  # type: ignore[import-untyped]
 
     front = psutil.Process()
-    engines = [child for child in front.children(recursive=True) if child.memory_info().rss > 2e8]
-    return [process.memory_full_info().uss / 1e6 for process in (front, *engines)]
+    found = {"front end": front.memory_full_info().uss / 1e6}
+    for child in front.children(recursive=True):
+        title = child.cmdline()[0]
+        if title.startswith("VLLM::"):
+            found[title.removeprefix("VLLM::")] = child.memory_full_info().uss / 1e6
+    return found
 
 
 def main() -> None:

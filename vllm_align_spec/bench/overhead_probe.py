@@ -43,7 +43,6 @@ def main() -> None:
     from vllm_align_spec import plugin
 
     plugin.register()
-    registered = time.perf_counter()
     from vllm_align_spec.engine.facade import AlignSpecLogitsProcessor
 
     config = SimpleNamespace(
@@ -84,7 +83,6 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "register_seconds": registered - start,
                 "startup_seconds": built - start,
                 "v1_step_us": microseconds(v1_step),
                 "v1_new_request_us": microseconds(lambda: facade.update_state(update)),
