@@ -97,7 +97,7 @@ class WsdOptions(RequestOptions):
     method: ClassVar[str] = "wsd"
 
     wsd: Literal["shared", "handover"] = Field(
-        description="`shared`: the engine's own draft model is the pilot. `handover`: the pilot runs at its own endpoint."
+        description="`shared`: the engine's draft model is the pilot. `handover`: the pilot runs at its own endpoint."
     )
     wsd_gamma: float = Field(
         0.8, gt=0, le=1, description="Geometric mean of the base model's probabilities at which it takes over."
@@ -111,7 +111,7 @@ class WsdOptions(RequestOptions):
 
 METHODS: tuple[type[RequestOptions], ...] = (WsdOptions,)
 SHARED_KEYS = frozenset({"align_spec_strict"})
-_PREFIXES = tuple(f"{cls.method}_" for cls in METHODS) + ("align_spec_",)
+_PREFIXES = (*(f"{cls.method}_" for cls in METHODS), "align_spec_")
 METHOD_NAMES = frozenset(cls.method for cls in METHODS)
 
 
