@@ -20,7 +20,6 @@ from vllm_align_spec.bench.server import SERVED_NAME, Server, ServerError
 
 DRAFTS_PER_STEP = 5
 MAX_TOKENS = 160
-SEED = 3
 
 COLOURS = {"opening": "black on bright_green", "draft": "cyan", "base": "default", "unknown": "bright_black"}
 MEANING = {"opening": "pilot's opening", "draft": "accepted draft", "base": "base model's own"}
@@ -77,14 +76,16 @@ def demo(*, prompts: int = 3, keep: bool = False, port: int = 0) -> int:
 
 def _show(server: Server, console: Console, prompts: list[list[Message]]) -> None:
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
     from vllm_align_spec.lab.judge import Judge
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(lab.model_path("base"))
     judge = Judge("judge-other")
     client = openai.OpenAI(base_url=f"{server.root}/v1", api_key="none", max_retries=0, timeout=120)
 
-    def ask(messages: list[Message], options: dict[str, Any] | None) -> Answer:
+    def ask(messages: list[Message], options: dict[str, Any] | None, seed: int = 0) -> Answer:
         before = _forwards(server)
         start = time.perf_counter()
         response = client.chat.completions.create(
@@ -92,7 +93,7 @@ def _show(server: Server, console: Console, prompts: list[list[Message]]) -> Non
             messages=messages,  # type: ignore[arg-type]
             max_tokens=MAX_TOKENS,
             temperature=1,
-            seed=SEED,
+            seed=seed,
             extra_body={"return_token_ids": True, **({"vllm_xargs": options} if options else {})},
         )
         seconds = time.perf_counter() - start
@@ -111,8 +112,8 @@ def _show(server: Server, console: Console, prompts: list[list[Message]]) -> Non
     ask(prompts[0], None)  # the first request warms the engine up
     console.print("\nWhere a token comes from:", *(Text(MEANING[name], COLOURS[name]) for name in MEANING))
     answers: list[tuple[Answer, Answer]] = []
-    for messages in prompts:
-        pair = ask(messages, None), ask(messages, {"wsd": "shared"})
+    for seed, messages in enumerate(prompts):
+        pair = ask(messages, None, seed), ask(messages, {"wsd": "shared"}, seed)
         answers.append(pair)
         console.rule()
         for message in messages:

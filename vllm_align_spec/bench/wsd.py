@@ -217,8 +217,11 @@ def _tokens_per_forward(output: Any) -> float:
 
 
 def _rewards(plain: LLM, speculative: LLM, prompts: list[list[int]], count: int, seeds: int, result: Result) -> None:
+    from transformers.utils import logging
+
     from vllm_align_spec.lab.judge import Judge
 
+    logging.disable_progress_bar()
     questions = lab.heldout_prompts("chat")[:count]
     ways = {"plain": (plain, False), "speculation": (speculative, False), "wsd": (speculative, True)}
     judge = Judge("judge-other")
