@@ -4,9 +4,9 @@ import ast
 from pathlib import Path
 
 import pytest
-import vllm_align_spec.patches
 
 import vllm_align_spec
+import vllm_align_spec.patches
 
 ROOT = Path(vllm_align_spec.__file__).parent
 PATCHES = Path(vllm_align_spec.patches.__file__).parent
