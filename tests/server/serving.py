@@ -192,7 +192,11 @@ class PilotEndpoint:
         if self.fault == "slow":
             time.sleep(8)
         chat = "messages" in body
-        ids = self.prompt_ids(body["messages"]) if chat else self.tokenizer.encode(body["prompt"])
+        ids = (
+            self.prompt_ids(body["messages"])
+            if chat
+            else self.tokenizer.encode(body["prompt"] or self.tokenizer.bos_token)
+        )
         pieces = () if self.fault == "empty" else self.pieces(ids, body.get("max_tokens") or 1024)
 
         def send(text, finish=None):
