@@ -60,9 +60,9 @@ class Result:
     def show(self) -> None:
         """A table of all figures."""
         table = Table(title=self.bench, title_justify="left")
-        table.add_column("figure")
+        table.add_column("figure", no_wrap=True)
         table.add_column("measured", justify="right")
-        table.add_column("95% interval", justify="right")
+        table.add_column("95% interval", justify="right", no_wrap=True)
         table.add_column("aim", justify="right")
         for name, figure in self.figures.items():
             spread = f"{figure.low:.3f} to {figure.high:.3f}" if figure.low != figure.high else ""
