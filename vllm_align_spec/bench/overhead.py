@@ -23,7 +23,7 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_align_spec import lab
-from vllm_align_spec.bench.measure import Result, axes, console, median, ratios
+from vllm_align_spec.bench.measure import PAUSE_S, Result, axes, console, median, ratios
 
 HERE = Path(__file__).parent
 DRAFTS = 5
@@ -128,6 +128,7 @@ def _interleave(
             for pair in range(-2, pairs):
                 order = ("with", "without") if pair % 2 else ("without", "with")
                 for name in order:
+                    time.sleep(PAUSE_S)
                     one = engines[name].ask(batch=batch, tokens=tokens, ids=PROMPT)["seconds"]
                     if pair >= 0:
                         taken[name].append(one)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_align_spec import lab
-from vllm_align_spec.bench.measure import Result, axes, console, mean, median, ratios
+from vllm_align_spec.bench.measure import PAUSE_S, Result, axes, console, mean, median, ratios
 
 if TYPE_CHECKING:
     from vllm_align_spec.engine.offline import LLM
@@ -129,6 +129,7 @@ def _prompts(engine: LLM) -> list[list[int]]:
 
 
 def _generate(engine: LLM, prompts: Sequence[list[int]], params: Sequence[Any]) -> tuple[float, list[Any]]:
+    time.sleep(PAUSE_S)
     start = time.perf_counter()
     outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], list(params), use_tqdm=False)
     return time.perf_counter() - start, outputs
