@@ -5,6 +5,10 @@ from laws import assert_wsd, greedy
 from wsd_engine import DRAFTS, log_probabilities, prompts
 
 RUNNERS = ["v1", "v2"]
+SLOW_ON_V2 = pytest.mark.parametrize(
+    "runner", ["v1", pytest.param("v2", marks=pytest.mark.slow)], indirect=True, scope="session"
+)
+"""An engine of its own under the interpreter costs minutes: V2's share of these belongs to ``make test-slow``."""
 UNREACHABLE = {"wsd_window": 64}
 """No opening shorter than its window can switch."""
 
@@ -149,6 +153,7 @@ def test_preempted_requests_keep_to_the_law(engines, runner):
     )
 
 
+@SLOW_ON_V2
 def test_chunked_prefill_and_a_neighbour_beyond_the_drafters_length(engines, runner):
     drafter = {"method": "draft_model", "num_speculative_tokens": DRAFTS, "max_model_len": 192}
     from vllm_align_spec import lab
@@ -162,6 +167,7 @@ def test_chunked_prefill_and_a_neighbour_beyond_the_drafters_length(engines, run
     assert_wsd(requests[0]["prompt"], outputs[0], requests[0]["wsd"])
 
 
+@SLOW_ON_V2
 def test_asynchronous_scheduling_keeps_to_the_law(engines, runner):
     engine = engines(runner, async_scheduling=True)
     requests = [wsd(prompts()[0], UNREACHABLE | {"wsd_max_draft": 12}), wsd(prompts()[1], {}), {"prompt": prompts()[2]}]
@@ -180,6 +186,7 @@ def test_a_processor_that_raises_takes_nothing_down(engines, runner):
     check(engine, [wsd(prompts()[3], {})])
 
 
+@SLOW_ON_V2
 def test_with_the_target_as_its_own_pilot_any_gamma_gives_the_targets_answer(engines, runner):
     from vllm_align_spec import lab
 
