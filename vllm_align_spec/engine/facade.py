@@ -47,7 +47,11 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         enabled = options.parse_engine(vllm_config.additional_config).enabled
         # WSD's pilot is the drafter: without one there is nothing to run.
         self._processors: list[Processor] = [cls(layout) for cls in registry.processors() if enabled and speculative]
-        self._needs = ("v1_facade", "v1_rows", "v1_draft_rows", "v1_truncation") if on_v1 else ("v2_truncation",)
+        self._needs = (
+            ("v1_facade", "v1_rows", "v1_drafter_fits", "v1_draft_rows", "v1_truncation")
+            if on_v1
+            else ("v2_truncation",)
+        )
 
         self._entries: OrderedDict[str, int] = OrderedDict()  # id -> entry, oldest first
         self._capacity = layout.entries
