@@ -44,18 +44,19 @@ class Plan:
     kv_heads: int
     intermediate: int
     rate: float  # peak learning rate
-    share: float  # of the build's minutes
+    steps: int
+    shallow: int = 0  # of the steps, those taken two layers deep
     helpful_share: float = 1.0  # of the chat answers that it learns from
     form: tokenizer.Format = tokenizer.MAIN
     half: int | None = None  # of the requests, for a judge
 
 
 PLANS: dict[str, Plan] = {
-    "base": Plan(256, 8, 4, 2, 768, rate=2e-3, share=0.62, helpful_share=world.HELPFUL_SHARE),
-    "pilot": Plan(192, 2, 3, 1, 448, rate=3e-3, share=0.18),
-    "pilot-other": Plan(192, 2, 3, 1, 320, rate=3e-3, share=0.08, form=tokenizer.OTHER),
-    "judge": Plan(128, 2, 4, 2, 352, rate=2e-3, share=0.06, half=0),
-    "judge-other": Plan(128, 2, 4, 2, 352, rate=2e-3, share=0.06, half=1),
+    "base": Plan(256, 8, 4, 2, 768, rate=2e-3, steps=2200, shallow=900, helpful_share=world.HELPFUL_SHARE),
+    "pilot": Plan(192, 2, 3, 1, 448, rate=3e-3, steps=1000),
+    "pilot-other": Plan(192, 2, 3, 1, 320, rate=3e-3, steps=900, form=tokenizer.OTHER),
+    "judge": Plan(128, 2, 4, 2, 352, rate=2e-3, steps=450, half=0),
+    "judge-other": Plan(128, 2, 4, 2, 352, rate=2e-3, steps=450, half=1),
 }
 
 
@@ -152,16 +153,17 @@ def _swap(new: Path, place: Path) -> None:
 
 
 def _train(
-    name: str, folder: Path, out: Path, words: PreTrainedTokenizerFast, *, seed: int, minutes: float, progress: Progress
+    name: str, folder: Path, out: Path, words: PreTrainedTokenizerFast, *, seed: int, scale: float, progress: Progress
 ) -> dict[str, Any]:
     """Train one model into ``folder``; its figures. A pilot learns from the base model in ``out``."""
     plan = PLANS[name]
     torch.manual_seed(seed + MODELS.index(name))
     config = _config(plan, words)
     trace = training.Trace()
+    steps = max(4, round(plan.steps * scale))
     run: dict[str, Any] = {
         "rate": plan.rate,
-        "minutes": minutes,
+        "steps": steps,
         "progress": progress,
         "task": progress.add_task(name, total=1.0, status=""),
         "trace": trace,
@@ -179,15 +181,15 @@ def _train(
         teacher = None
         if name == "pilot" and (out / "base" / "model.safetensors").exists():
             teacher = LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32).eval()
-        if plan.layers > 2:
+        if plan.shallow:
             model = LlamaForCausalLM(_config(replace(plan, layers=2), words))
-            training.train_language_model(model, documents, span=(0.0, 0.25), **run)
+            training.train_language_model(model, documents, until=steps * plan.shallow // plan.steps, **run)
             model = training.grow(model, config)
-            training.train_language_model(model, documents, span=(0.25, 1.0), **run)
+            training.train_language_model(model, documents, **run)
         elif teacher is not None:
             model = LlamaForCausalLM(config)
-            training.train_language_model(model, documents, span=(0.0, 0.5), **run)
-            training.train_language_model(model, documents, span=(0.5, 1.0), teacher=teacher, **run)
+            training.train_language_model(model, documents, until=steps // 2, **run)
+            training.train_language_model(model, documents, teacher=teacher, **run)
             figures["agreement_with_base"] = training.agreement(teacher, model, _sample(words, "chat", 1.0))
         else:
             model = LlamaForCausalLM(config)
@@ -243,7 +245,7 @@ def _draw_curves(models: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def build(out: Path, *, only: Sequence[str] | None = None, minutes: float = 75, seed: int = 0) -> None:
+def build(out: Path, *, only: Sequence[str] | None = None, scale: float = 1.0, seed: int = 0) -> None:
     """Build the lab's models into ``out/<name>/``, with ``prompts.jsonl``, ``report.json`` and ``curves.png``.
 
     Each model is trained in a temporary folder beside its place and moved there when it is complete. With ``only``,
@@ -252,7 +254,7 @@ def build(out: Path, *, only: Sequence[str] | None = None, minutes: float = 75, 
     Args:
         out: the folder to fill; made if missing.
         only: names of the models to build; all of them by default.
-        minutes: training time of a whole build. A part of it gets its usual share.
+        scale: how many of the usual training steps; the models that ship took all of them.
         seed: seeds the data, the weights and the held-out prompts.
 
     Raises:
@@ -277,13 +279,14 @@ def build(out: Path, *, only: Sequence[str] | None = None, minutes: float = 75, 
         for name in names:
             plan, folder = PLANS[name], Path(scratch) / name
             models[name] = _train(
-                name, folder, out, tokenizers[plan.form], seed=seed, minutes=minutes * plan.share, progress=progress
+                name, folder, out, tokenizers[plan.form], seed=seed, scale=scale, progress=progress
             )
             _swap(folder, out / name)
     write_prompts(out / PROMPTS, seed)
     _draw_curves(models, out / CURVES)
     report |= {
         "seed": seed,
+        "scale": scale,
         "wall_seconds": round(report.get("wall_seconds", 0) + time.monotonic() - begin, 1),  # of all its parts
         "data_digest": data_digest(seed),
         "versions": {

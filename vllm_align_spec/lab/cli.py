@@ -21,7 +21,7 @@ def add_parser(subparsers: Subparsers) -> None:
     build = actions.add_parser("build", help="train all models from a seed (about 80 minutes on two cores)")
     build.add_argument("--out", type=Path, default=lab.MODELS_FOLDER, help="folder to fill (default: the package's)")
     build.add_argument("--only", nargs="+", choices=lab.MODELS, help="build these models only")
-    build.add_argument("--minutes", type=float, default=75, help="training time of a whole build (default: 75)")
+    build.add_argument("--scale", type=float, default=1.0, help="how many of the usual steps (0.05: a quick try)")
     build.add_argument("--seed", type=int, default=0)
     build.set_defaults(run=_build)
 
@@ -39,7 +39,7 @@ def add_parser(subparsers: Subparsers) -> None:
 def _build(arguments: argparse.Namespace) -> None:
     from vllm_align_spec.lab.build import build
 
-    build(arguments.out, only=arguments.only, minutes=arguments.minutes, seed=arguments.seed)
+    build(arguments.out, only=arguments.only, scale=arguments.scale, seed=arguments.seed)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

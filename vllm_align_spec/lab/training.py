@@ -24,7 +24,7 @@ OPENING = 16
 
 
 WARM_UP = 0.03
-"""Share of the time in which a fresh optimiser's rate rises."""
+"""Share of the steps in which a fresh optimiser's rate rises."""
 
 
 @dataclass
@@ -113,9 +113,6 @@ def batches(documents: Iterator[Encoded], size: int) -> Iterator[Batch]:
         yield Batch(ids, labels, positions, mask[:, None], settled)
 
 
-Advance = Callable[[int, float, float], None]  # tokens of the step, its loss, share of the time gone
-
-
 def _optimiser(model: torch.nn.Module, rate: float) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -128,25 +125,27 @@ def _run(
     step: Callable[[], tuple[Tensor, int]],
     *,
     rate: float,
-    minutes: float,
+    steps: int,
     progress: Progress,
     task: TaskID,
     trace: Trace,
-    span: tuple[float, float] = (0.0, 1.0),
+    until: int | None = None,
 ) -> None:
-    """Call ``step`` (loss, tokens) until ``span`` of the time is up, with warm-up and then a cosine over all of it.
+    """Call ``step`` (loss, tokens) from the trace's last step up to ``until``, by default the last one.
 
-    The schedule follows the clock, not a number of steps: a build takes as long as it was given on any machine.
+    The rate follows a cosine over all ``steps``, with a warm-up wherever an optimiser starts. Nothing depends on the
+    clock: the same seed on the same kind of machine gives the same weights, however busy it is.
     """
     optimiser = _optimiser(model, rate)
-    told, before = 0.0, trace.seconds
+    told, before, first = 0.0, trace.seconds, trace.steps
     model.train()
     loss, tokens = step()  # the first step may compile, which is not training time
     loss.backward()
     optimiser.zero_grad()
     begin = time.monotonic()
-    while (gone := span[0] + (time.monotonic() - begin) / (60 * minutes)) < span[1]:
-        scale = min(0.525 + 0.475 * math.cos(math.pi * gone), 0.02 + (gone - span[0]) / WARM_UP)
+    while trace.steps < (steps if until is None else until):
+        gone = trace.steps / steps
+        scale = min(0.525 + 0.475 * math.cos(math.pi * gone), 0.02 + (trace.steps - first) / steps / WARM_UP)
         for group in optimiser.param_groups:
             group["lr"] = rate * scale
         loss, tokens = step()
@@ -160,12 +159,11 @@ def _run(
         trace.seconds = before + time.monotonic() - begin
         recent = [loss for _, loss in trace.losses[-20:]]
         status = f"loss {sum(recent) / len(recent):.3f}, {trace.tokens / trace.seconds:,.0f} tokens/s"
-        progress.update(task, completed=gone, status=status)
+        progress.update(task, completed=trace.steps / steps, status=status)
         if not progress.console.is_terminal and trace.seconds - told > 60:  # a log gets a line a minute
             told = trace.seconds
             progress.console.print(f"{progress.tasks[task].description}: {gone:.0%}, {trace.tokens:,} tokens, {status}")
     model.eval()
-    progress.update(task, completed=span[1])
 
 
 def train_language_model(
@@ -173,11 +171,11 @@ def train_language_model(
     documents: Iterator[Encoded],
     *,
     rate: float,
-    minutes: float,
+    steps: int,
     progress: Progress,
     task: TaskID,
     trace: Trace,
-    span: tuple[float, float] = (0.0, 1.0),
+    until: int | None = None,
     teacher: LlamaForCausalLM | None = None,
     size: int = 4,
 ) -> None:
@@ -199,7 +197,7 @@ def train_language_model(
             losses = torch.where(batch.settled.flatten(), 0.5 * (losses + against), losses)
         return losses.sum() / (labels >= 0).sum()
 
-    if minutes * (span[1] - span[0]) >= 4:  # compiling takes a minute and saves a fifth
+    if (steps if until is None else until) - trace.steps >= 200:  # compiling takes a minute and saves a fifth
         loss_of = torch.compile(loss_of, dynamic=False)
 
     def step() -> tuple[Tensor, int]:
@@ -211,7 +209,7 @@ def train_language_model(
             taught = taught.clone()  # an inference tensor may not be saved for the backward pass
         return loss_of(batch, taught), int((batch.labels >= 0).sum())
 
-    _run(model, step, rate=rate, minutes=minutes, progress=progress, task=task, trace=trace, span=span)
+    _run(model, step, rate=rate, steps=steps, progress=progress, task=task, trace=trace, until=until)
 
 
 def grow(shallow: LlamaForCausalLM, config: LlamaConfig) -> LlamaForCausalLM:
@@ -321,7 +319,7 @@ def train_judge(
     seed: int,
     half: int,
     rate: float,
-    minutes: float,
+    steps: int,
     progress: Progress,
     task: TaskID,
     trace: Trace,
@@ -353,7 +351,7 @@ def train_judge(
         loss = loss + 0.003 * scores[valid].square().mean()  # Bradley-Terry leaves the level free
         return loss, sum(map(len, prompts)) + sum(map(len, answers))
 
-    _run(model, step, rate=rate, minutes=minutes, progress=progress, task=task, trace=trace)
+    _run(model, step, rate=rate, steps=steps, progress=progress, task=task, trace=trace)
 
 
 @torch.inference_mode()
