@@ -34,5 +34,6 @@ for root in map(Path, sys.argv[1:]):
     print(root)
     for patch in LEDGER:
         file = root / (patch.module.replace(".", "/") + ".py")
+        file = file if file.exists() else file.with_suffix("") / "__init__.py"
         node = find(ast.parse(file.read_text()), patch.symbol.split("."), root)
         print(f"  {patch.name:18} {ABSENT if node is None else fingerprint_node(node)}  {patch.module}.{patch.symbol}")

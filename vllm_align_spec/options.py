@@ -20,7 +20,7 @@ MAX_WINDOW = 64
 """Largest ``wsd_window``; the worker keeps this many log-probabilities per request."""
 
 MAX_STOP_IDS = 64
-"""Most stop token ids that a request which uses WSD may name, end-of-sequence ids included."""
+"""Most stop token ids that a request which uses WSD or ASAp may name, end-of-sequence ids included."""
 
 
 class OptionError(ValueError):
@@ -63,6 +63,17 @@ class WsdEngineOptions(_Tree):
     pilot: PilotOptions | None = Field(None, description="The pilot of `wsd=handover`; `shared` needs none.")
 
 
+class AsapEngineOptions(_Tree):
+    """Engine options of grammar-aligned sampling."""
+
+    max_bytes: int = Field(
+        256 * 2**20, ge=2**16, le=2**40, description="Most memory that the tries of one worker take, in bytes."
+    )
+    save_path: str | None = Field(
+        None, description="Folder in which tries are kept from one start of the engine to the next; none by default."
+    )
+
+
 class ReportOptions(_Tree):
     """How many finished requests' reports stay readable, and for how long."""
 
@@ -74,8 +85,12 @@ class EngineOptions(_Tree):
     """The tree under ``additional_config["align_spec"]``."""
 
     enabled: bool = Field(True, description="False leaves a stock vLLM (kill switch).")
+    control_ids: tuple[int, int, int] | None = Field(
+        None, description="Token ids that no text contains, by which methods end requests; found by itself if possible."
+    )
     reports: ReportOptions = Field(default_factory=lambda: ReportOptions())
     wsd: WsdEngineOptions = Field(default_factory=lambda: WsdEngineOptions())
+    asap: AsapEngineOptions = Field(default_factory=lambda: AsapEngineOptions())
 
 
 class RequestOptions(BaseModel):
@@ -109,7 +124,21 @@ class WsdOptions(RequestOptions):
     )
 
 
-METHODS: tuple[type[RequestOptions], ...] = (WsdOptions,)
+class AsapOptions(RequestOptions):
+    """Request options of grammar-aligned sampling (arXiv 2405.21047; ``exact``: arXiv 2510.01902)."""
+
+    method: ClassVar[str] = "asap"
+
+    asap: Literal["adaptive", "exact", "weighted"] = Field(
+        description="`adaptive`: as published, better with every sample. `exact`: from the model's distribution given "
+        "the grammar. `weighted`: one attempt a choice, with its importance weight in the report."
+    )
+    asap_max_attempts: int = Field(
+        64, ge=1, le=4096, description="Attempts per choice before it fails; `weighted` makes one."
+    )
+
+
+METHODS: tuple[type[RequestOptions], ...] = (WsdOptions, AsapOptions)
 SHARED_KEYS = frozenset({"align_spec_strict"})
 _PREFIXES = (*(f"{cls.method}_" for cls in METHODS), "align_spec_")
 METHOD_NAMES = frozenset(cls.method for cls in METHODS)

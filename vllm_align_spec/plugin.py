@@ -11,12 +11,17 @@ from vllm_align_spec.patches.ledger import LEDGER
 HOOKS = {
     "front_end": "vllm_align_spec.engine.frontend:generate",
     "chat_messages": "vllm_align_spec.engine.frontend:attach_messages",
+    "grammar_control": "vllm_align_spec.engine.control:without",
     "worker_reports": "vllm_align_spec.engine.facade:reports",
+    "worker_shutdown": "vllm_align_spec.engine.facade:closing",
     "v1_facade": "vllm_align_spec.engine.facade:AlignSpecLogitsProcessor",
+    "v1_grammar_mask": "vllm_align_spec.engine.v1:before_mask",
     "v1_rows": "vllm_align_spec.engine.v1:before_sample",
     "v1_drafter_fits": "vllm_align_spec.engine.v1:note_drafts",
     "v1_draft_rows": "vllm_align_spec.engine.v1:edit_draft_rows",
     "v1_truncation": "vllm_align_spec.engine.v1:truncate",
+    "v2_inputs": "vllm_align_spec.engine.v2:before_forward",
+    "v2_grammar_mask": "vllm_align_spec.engine.v2:before_mask",
     "v2_truncation": "vllm_align_spec.engine.v2:truncate",
 }
 """What fills each patch; imported only when its target is."""

@@ -14,13 +14,15 @@ if TYPE_CHECKING:
 
 def processors() -> tuple[type[Processor], ...]:
     """The methods of the token plane, in the order in which they see a step's rows."""
+    from vllm_align_spec.processors.asap import AsapProcessor
     from vllm_align_spec.processors.wsd import WsdProcessor
 
-    return (WsdProcessor,)
+    return (WsdProcessor, AsapProcessor)
 
 
 def strategies() -> tuple[Strategy, ...]:
     """The methods of the sequence plane."""
+    from vllm_align_spec.strategies.asap import AsapStrategy
     from vllm_align_spec.strategies.wsd import WsdStrategy
 
-    return (WsdStrategy(),)
+    return (WsdStrategy(), AsapStrategy())

@@ -14,22 +14,33 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from vllm import __version__ as vllm_version
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
 from vllm_align_spec import options, registry
-from vllm_align_spec.engine import v2
+from vllm_align_spec.engine import control, v2
 from vllm_align_spec.patches import STATE
-from vllm_align_spec.processors.rows import Layout, Processor, Rows
+from vllm_align_spec.processors.rows import Control, Layout, Processor, Rows, force, row_logsumexp, send
 
 logger = logging.getLogger("vllm.align_spec")
 
 OFFLINE_CLASS = "vllm_align_spec.engine.offline.LLM"
+PATCHES: dict[str, dict[str, tuple[str, ...]]] = {
+    "v1": {
+        "": ("v1_facade", "v1_rows", "v1_drafter_fits", "v1_draft_rows", "v1_truncation"),
+        "grammar": ("v1_grammar_mask",),
+    },
+    "v2": {"": ("v2_truncation",), "grammar": ("v2_inputs", "v2_grammar_mask")},
+}
+"""Runner -> which patches its methods need, and which more those that read the rows' normalisers."""
+
 _facades: weakref.WeakSet[AlignSpecLogitsProcessor] = weakref.WeakSet()
 
 
@@ -43,27 +54,37 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         speculative = vllm_config.speculative_config
         max_reqs = vllm_config.scheduler_config.max_num_seqs
         self.rows = 1 + (speculative.num_speculative_tokens if speculative else 0)
-        layout = Layout(device, max(1024, 4 * max_reqs), self.rows, vllm_config.model_config.get_vocab_size())
-        enabled = options.parse_engine(vllm_config.additional_config).enabled
-        # WSD's pilot is the drafter: without one there is nothing to run.
-        self._processors: list[Processor] = [cls(layout) for cls in registry.processors() if enabled and speculative]
-        self._needs = (
-            ("v1_facade", "v1_rows", "v1_drafter_fits", "v1_draft_rows", "v1_truncation")
-            if on_v1
-            else ("v2_truncation",)
+        vocab_size = vllm_config.model_config.get_vocab_size()
+        configured = options.parse_engine(vllm_config.additional_config)
+        keeper = vllm_config.parallel_config.rank == 0
+        layout = Layout(
+            device, max(1024, 4 * max_reqs), self.rows, vocab_size, configured, _identity(vllm_config), keeper
         )
+        self._processors: list[Processor] = [
+            cls(layout) for cls in registry.processors() if configured.enabled and (speculative or not cls.drafter)
+        ]
+        needs = PATCHES["v1" if on_v1 else "v2"]
+        self._needs = {p.method: [*needs[""], *(needs["grammar"] if p.grammar else ())] for p in self._processors}
 
         self._entries: OrderedDict[str, int] = OrderedDict()  # id -> entry, oldest first
         self._capacity = layout.entries
         self._errors: dict[str, str] = {}
-        slots = max_reqs + 1
+        slots = self.slots = max_reqs + 1
         self._ids: list[str | None] = [None] * slots
         self._entry = np.full(slots, -1, dtype=np.int64)  # slot -> entry, -1 for requests that are not ours
         self._wants = {p.method: np.zeros(slots, dtype=bool) for p in self._processors}
         self.drafts_are_real = np.ones(slots, dtype=bool)
+        self._placed = 0  # requests of ours in the batch
+        self._inverse_temperature = np.ones(slots, dtype=np.float32)
+        self._unmasked = torch.zeros(slots, self.rows, device=device)
+        self._masks = False  # whether this step's rows stand in `_unmasked`
+        self.control_ids: torch.Tensor | None = None  # [control ids], once a request named them
         self.device = device
         self.stash: Any = None  # V1: what was decided for this step's rows
+        self.inputs: Any = None  # V2: this step's inputs, on their way to the host
         _facades.add(self)
+        if not on_v1:
+            v2.attach(self)
 
     # Admission -------------------------------------------------------------------------------------------------
 
@@ -84,9 +105,10 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
                 f"{OFFLINE_CLASS} instead of vllm.LLM; serving, see `vllm-align-spec doctor`"
             )
 
-    def _place(self, slot: int, extra: Mapping[str, Any] | None, prompt_len: int, *, resumed: bool) -> bool:
+    def _place(self, slot: int, params: Any, prompt_len: int, *, resumed: bool) -> bool:
         """Puts a request into a slot; whether any method wants its rows."""
         self._remove(slot)
+        extra: Mapping[str, Any] | None = params.extra_args
         identity = extra.get("align_spec_id") if extra else None
         if identity is None or extra is None:
             return False
@@ -97,25 +119,32 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             entry = self._new_entry(identity)
         self._ids[slot] = identity
         self._entry[slot] = entry
+        self._placed += 1
         self.drafts_are_real[slot] = True
+        self._inverse_temperature[slot] = 1 / params.temperature if params.temperature else 1.0
+        if self.control_ids is None and control.KEY in extra:
+            self.control_ids = torch.tensor(list(extra[control.KEY]), device=self.device)
         wanted = False
-        if not self._processors and any(key in extra for key in options.METHOD_NAMES):
-            self._errors[identity] = "the worker has no processor for this method"
-        if missing := [name for name in self._needs if STATE.get(name, "pending") == "pending"]:
-            self._errors[identity] = f"patches {missing} are not in force in the worker"
+        asked = options.METHOD_NAMES.intersection(extra)
+        if asked - self._wants.keys():
+            self._errors[identity] = f"the worker has no processor for {', '.join(asked)}"
         for processor in self._processors:
-            if processor.method not in extra or identity in self._errors:
+            if processor.method not in extra:
                 continue
-            try:
-                if not known:
-                    processor.admit(entry, extra, prompt_len)
-                    if resumed:
-                        processor.abandon(entry)
-                        self._errors[identity] = "preempted for so long that its state was dropped"
-            except Exception as error:  # nothing a request contains may kill the engine
-                self._fail(processor, slot, error)
-                continue
-            self._wants[processor.method][slot] = wanted = True
+            if identity not in self._errors:
+                try:
+                    needed = self._needs[processor.method]
+                    if missing := [name for name in needed if STATE.get(name, "pending") == "pending"]:
+                        raise RuntimeError(f"patches {missing} are not in force in the worker")
+                    if not known:
+                        processor.admit(entry, extra, prompt_len)
+                        if resumed:
+                            raise RuntimeError("preempted for so long that its state was dropped")
+                except Exception as error:  # nothing a request contains may kill the engine
+                    self._fail(processor, slot, error)
+            wants = processor.control or identity not in self._errors
+            self._wants[processor.method][slot] = wants
+            wanted |= wants
         return wanted
 
     def _new_entry(self, identity: str) -> int:
@@ -133,6 +162,7 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         if self._entry[slot] >= 0:
             self._ids[slot] = None
             self._entry[slot] = -1
+            self._placed -= 1
             for wants in self._wants.values():
                 wants[slot] = False
 
@@ -140,9 +170,10 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         identity = self._ids[slot]
         if identity is None:
             return
-        logger.error("%s failed for request %s: %r; it goes on as plain decoding", processor.method, identity, error)
+        then = "it ends" if processor.control else "it goes on as plain decoding"
+        logger.error("%s failed for request %s: %r; %s", processor.method, identity, error, then)
         self._errors[identity] = f"{type(error).__name__}: {error}"
-        self._wants[processor.method][slot] = False
+        self._wants[processor.method][slot] = processor.control
         processor.abandon(int(self._entry[slot]))
 
     # V1 --------------------------------------------------------------------------------------------------------
@@ -157,13 +188,13 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             for slot in batch_update.removed:
                 self._remove(slot)
             for slot, params, prompt, output in batch_update.added:
-                self._place(slot, params.extra_args, len(prompt or ()), resumed=bool(output))
+                self._place(slot, params, len(prompt or ()), resumed=bool(output))
             for source, target, direction in batch_update.moved:
                 self._move(source, target, swap=direction is MoveDirectionality.SWAP)
         self.apply_staged_writes()
 
     def _move(self, source: int, target: int, *, swap: bool) -> None:
-        arrays = [self._entry, self.drafts_are_real, *self._wants.values()]
+        arrays = [self._entry, self.drafts_are_real, self._inverse_temperature, *self._wants.values()]
         for array in arrays:
             array[[source, target]] = array[[target, source]]
         self._ids[source], self._ids[target] = self._ids[target], self._ids[source]
@@ -177,13 +208,15 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         assert self._states is not None
         prompt_len = int(self._states.prompt_len.np[req_idx])
         resumed = int(self._states.prefill_len.np[req_idx]) > prompt_len
-        return self._place(req_idx, sampling_params.extra_args, prompt_len, resumed=resumed)
+        return self._place(req_idx, sampling_params, prompt_len, resumed=resumed)
 
     def apply_staged_writes(self) -> None:
         """Runs before each forward pass."""
-        for processor in self._processors:
-            with self.guard(processor=processor):
-                processor.flush()
+        self._masks = False
+        if self._placed:
+            for processor in self._processors:
+                with self.guard(processor=processor):
+                    processor.flush()
 
     # Both ------------------------------------------------------------------------------------------------------
 
@@ -191,10 +224,42 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         """V1: puts decided rows into what is sampled. V2 (with ``ctx``): shows the step's rows to the methods."""
         if ctx is None:
             if self.stash is not None:
-                self.stash.edit_last_rows(logits)
-        else:
+                self.stash.edit_last_rows(logits, self.control_ids)
+        elif self._placed:
             v2.apply(self, self._states, logits, ctx)
         return logits
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request of the batch is ours."""
+        return self._placed > 0
+
+    def before_mask(
+        self, logits: torch.Tensor, line: torch.Tensor, slot: np.ndarray[Any, Any], r: torch.Tensor
+    ) -> None:
+        """Notes the normaliser of rows that a grammar is about to mask.
+
+        Args:
+            logits: [N, V], as the model made them.
+            line: [M] lines of ``logits``.
+            slot: [M] slots of their requests.
+            r: [M] each line's offset among the rows of its request.
+        """
+        inverse_temperature = send(self._inverse_temperature[slot], self.device)
+        self._unmasked[send(slot, self.device), r] = row_logsumexp(logits, line, inverse_temperature)
+        self._masks = True
+
+    def unmasked(self, processor: Processor, slots: torch.Tensor, rows: int) -> torch.Tensor | None:
+        """`Rows.unmasked` of the requests in these slots."""
+        return self._unmasked[slots, :rows] if processor.grammar and self._masks else None
+
+    def of_grammar(self, slots: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """[len(slots)] which of them hold requests whose method reads `Rows.unmasked`."""
+        found = np.zeros(len(slots), dtype=bool)
+        for processor in self._processors:
+            if processor.grammar:
+                found |= self._wants[processor.method][slots]
+        return found
 
     def slots_of(self, processor: Processor, slots: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Which of the batch's slots hold requests that want a method, as indices into ``slots``."""
@@ -216,10 +281,18 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             processor.observe(*step)
 
     def run(self, processor: Processor, slots: np.ndarray[Any, Any], rows: Rows) -> torch.Tensor | None:
-        """One method over its rows; None if it failed."""
+        """One method over its rows; None if it failed and they decode plainly."""
+        if not processor.control:
+            with self.guard(slots, processor):
+                return processor.apply(rows)
+            return None
+        assert self.control_ids is not None
         with self.guard(slots, processor):
-            return processor.apply(rows)
-        return None
+            rows.logits[rows.index[..., None], self.control_ids] = -torch.inf
+            return processor.apply(replace(rows, control=self.control_ids))
+        failed = self.control_ids[Control.FAILED].expand(rows.index.shape)
+        force(rows.logits, rows.index, torch.ones_like(rows.index, dtype=torch.bool), failed)
+        return torch.full_like(rows.count, self.rows)
 
     @contextmanager
     def guard(
@@ -246,6 +319,28 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             if identity in self._errors:
                 found[identity]["error"] = self._errors[identity]
         return found
+
+
+def _identity(config: Any) -> dict[str, str]:
+    """What logits depend on besides a request: state from another engine is good only where all of this agrees."""
+    model, parallel = config.model_config, config.parallel_config
+    return {
+        "vllm": vllm_version,
+        "model": str(model.model),
+        "revision": str(model.revision),
+        "dtype": str(model.dtype),
+        "quantization": str(model.quantization),
+        "tokenizer": f"{model.tokenizer}@{model.tokenizer_revision}",
+        "parallel": f"{parallel.tensor_parallel_size}x{parallel.pipeline_parallel_size}",
+    }
+
+
+def closing(worker: Any) -> None:
+    """Fills patch ``worker_shutdown``."""
+    for facade in list(_facades):
+        for processor in facade.processors:
+            with facade.guard(processor=processor):
+                processor.close()
 
 
 def reports(worker: Any, ids: list[str]) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,9 @@ refused before a stream begins, with status 400 instead of an error event behind
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import itertools
+import json
 import logging
 import math
 import time
@@ -26,12 +29,22 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from vllm_align_spec import registry
+from vllm_align_spec.engine import control
 from vllm_align_spec.engine.output import Assembler, choice_params, rows
 from vllm_align_spec.engine.pilot import Pilot
 from vllm_align_spec.metrics import metrics
 from vllm_align_spec.options import EngineOptions, OptionError, RequestOptions, is_ours, parse_engine, parse_request
 from vllm_align_spec.report import Entry, ReportCollector, ReportStore, WorkerReports
-from vllm_align_spec.strategies.base import Chunk, EngineFacts, Notes, PilotError, Request, Scored, Strategy
+from vllm_align_spec.strategies.base import (
+    Chunk,
+    EngineFacts,
+    Notes,
+    PilotError,
+    Request,
+    Scored,
+    Strategy,
+    StrategyError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -122,12 +135,27 @@ class Frontend:
         self._engine = weakref.ref(engine)
         config = engine.vllm_config
         self.options: EngineOptions = parse_engine(config.additional_config)
-        self.facts = _facts(config, self.options)
+        self.control_ids = self._control_ids()
+        self.facts = _facts(config, self.options, bool(self.control_ids))
         self.reports = ReportStore(self.options.reports)
-        self._collector = ReportCollector(self._ask_workers)
+        self.collector = ReportCollector(self._ask_workers)
         self._strategies = {strategy.method: strategy for strategy in registry.strategies()}
         self._finishing: set[asyncio.Task[None]] = set()
         self.pilot = Pilot(self.options.wsd.pilot) if self.options.wsd.pilot else None
+
+    def _control_ids(self) -> Mapping[int, str]:
+        engine = self.engine
+        stop_ids = self._stop_token_ids(SamplingParams())
+        vocab_size = engine.model_config.get_vocab_size()
+        ids = self.options.control_ids or control.choose(engine.renderer.tokenizer, vocab_size, stop_ids)
+        if ids is None:
+            return {}
+        if not set(ids).isdisjoint(stop_ids) or max(ids) >= vocab_size:
+            raise OptionError(
+                f"additional_config.align_spec.control_ids={list(ids)} is not accepted; accepted: ids below "
+                f"{vocab_size} that occur in no text and end no response ({stop_ids} do)"
+            )
+        return dict(zip(ids, control.NAMES, strict=True))
 
     @property
     def engine(self) -> Any:
@@ -161,6 +189,10 @@ class Frontend:
         params = params.clone()
         params.extra_args = {k: v for k, v in (params.extra_args or {}).items() if not is_ours(k)} or None
         bends = _bends(params, kwargs, engine.model_config)
+        strategy = self._strategy(options)
+        if strategy.method != "asap" and params.structured_outputs is not None:
+            value, instead = params.structured_outputs, "drop it (response_format, tools set it)"
+            bends[f"structured_outputs={value!r}"] = instead
         if not bends:
             params.verify(
                 engine.model_config,
@@ -180,15 +212,27 @@ class Frontend:
             stop_token_ids=self._stop_token_ids(params),
             bends=bends,
             logprobs_of_ids=params.logprob_token_ids is not None,
+            temperature=params.temperature,
+            n=params.n,
+            grammar=_grammar(params),
+            stop_strings=_strings(params.stop),
+            ignore_eos=params.ignore_eos,
+            truncates=_truncates(params),
+            scope=str(rendered.get("cache_salt") or ""),
         )
-        strategy = self._strategy(options)
         strategy.admit(request, self.facts)
         inherited: dict[str, Any] = {key: rendered[key] for key in ("cache_salt", "arrival_time") if key in rendered}
         inner_kwargs = {key: value for key, value in kwargs.items() if key not in ("prompt_text", "lora_request")}
         return Call(original, strategy, request, params, request_id, inherited, inner_kwargs)
 
     def _strategy(self, options: Sequence[RequestOptions]) -> Strategy:
-        return next(self._strategies[one.method] for one in options if one.method in self._strategies)
+        found = [self._strategies[one.method] for one in options if one.method in self._strategies]
+        if len(found) > 1:
+            names = [strategy.method for strategy in found]
+            raise OptionError(
+                f"{' and '.join(names)} cannot be combined in one request; accepted: one of them", names[-1]
+            )
+        return found[0]
 
     def _render(self, prompt: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(prompt, dict) and prompt.get("type") in ("multimodal", "embeds", "enc_dec"):
@@ -259,6 +303,8 @@ class Frontend:
             if isinstance(error, PilotError):
                 status = HTTPStatus.GATEWAY_TIMEOUT if error.timed_out else HTTPStatus.BAD_GATEWAY
                 raise GracefulHTTPError(str(error), status) from error
+            if isinstance(error, StrategyError):
+                raise GracefulHTTPError(str(error), HTTPStatus.UNPROCESSABLE_ENTITY) from error
             raise
         finally:
             # Nothing is awaited here: a server that cancels this generator would cancel that too, again and again.
@@ -274,8 +320,8 @@ class Frontend:
 
     async def _insist(self, method: str, choices: Sequence[_Choice]) -> None:
         """For strict requests, which pay for it: no end of the response before the workers say that all went well."""
-        asked = [self._collector.collect(choice.worker_id) for choice in choices if choice.worker_id]
-        for answer in asked:
+        asked = [choice.ask() for choice in choices]
+        for answer in itertools.chain.from_iterable(asked):
             found = _of_method(method, await answer)
             if found is None or found.get("reason") == "failed":
                 why = (found or {}).get("error") or "the workers gave no report"
@@ -294,11 +340,11 @@ class Frontend:
         """Runs when the last token has left, so asking the workers costs this request nothing."""
         try:
             await asyncio.gather(*tasks, return_exceptions=True)
-            asked = [self._collector.collect(choice.worker_id) if choice.worker_id else None for choice in choices]
+            asked = [choice.ask() for choice in choices]
             found = []
-            for choice, answer in zip(choices, asked, strict=True):
+            for choice, answers in zip(choices, asked, strict=True):
                 method = call.strategy.method
-                of_method = _of_method(method, await answer) if answer is not None else None
+                workers = [_of_method(method, await answer) for answer in answers]
                 report = {
                     "index": choice.index,
                     "method": method,
@@ -307,13 +353,15 @@ class Frontend:
                     "response_tokens": choice.tokens,
                     "first_token_ms": choice.first_token_ms,
                     "total_ms": total_ms,
-                    "complete": answer is None or of_method is not None,
+                    "complete": None not in workers,
                     **call.strategy.report(
-                        choice.notes, of_method, choice.tokens, max(choice.tokens, assembler.emitted[choice.index])
+                        choice.notes, workers, choice.tokens, max(choice.tokens, assembler.emitted[choice.index])
                     ),
                 }
-                metrics().observe_choice(report)
                 found.append(report)
+            call.strategy.conclude(found)
+            for report in found:
+                metrics().observe_choice(report)
             entry.choices = found
         except Exception:
             logger.exception("No report for request %s", call.request_id)
@@ -340,8 +388,8 @@ class _Choice:
         self._inner = 0
         self._began = time.monotonic()
         self.notes: Notes = {}
-        self.worker_id: str | None = None
-        """Id under which the worker knows the latest inner request that a token processor sees."""
+        self._worker_id: str | None = None  # of the latest inner request that a token processor sees
+        self._answers: list[asyncio.Future[Mapping[str, Any] | None]] = []
         self.tokens = 0
         self.finish_reason: str | None = None
         self.first_token_ms: float | None = None
@@ -349,7 +397,8 @@ class _Choice:
     async def run(self, assembler: Assembler) -> None:
         """Feeds the strategy's tokens to the assembler until the choice ends."""
         try:
-            async with aclosing(self._call.strategy.run(self._call.request, self, self.notes)) as chunks:
+            request = dataclasses.replace(self._call.request, seed=self._params.seed)
+            async with aclosing(self._call.strategy.run(request, self, self.notes)) as chunks:
                 async for chunk in chunks:
                     if chunk.token_ids and self.first_token_ms is None:
                         self.first_token_ms = _ms_since(self._began)
@@ -364,6 +413,17 @@ class _Choice:
         self.tokens = self.tokens + sent if delta else sent
         self.finish_reason = completion.finish_reason or self.finish_reason
 
+    def ask(self) -> Sequence[asyncio.Future[Mapping[str, Any] | None]]:
+        """The workers' reports of this choice's inner requests, the latest included: it must have ended."""
+        if self._worker_id is not None:
+            self._answers.append(self._frontend.collector.collect(self._worker_id))
+            self._worker_id = None
+        return list(self._answers)
+
+    async def worker_reports(self) -> Sequence[Mapping[str, Any] | None]:
+        """See `strategies.base.Engine.worker_reports`."""
+        return [_of_method(self._call.strategy.method, await answer) for answer in self.ask()]
+
     async def generate(
         self,
         prompt_token_ids: Sequence[int],
@@ -371,6 +431,7 @@ class _Choice:
         max_tokens: int,
         min_tokens: int,
         arguments: Mapping[str, Any] | None = None,
+        seed: int | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """See `strategies.base.Engine.generate`."""
         params = self._params.clone()
@@ -381,21 +442,32 @@ class _Choice:
         params.flat_logprobs = True
         params.max_tokens = max_tokens
         params.min_tokens = min_tokens
+        if seed is not None:
+            params.seed = seed
+        control_ids: Mapping[int, str] = {}
         if arguments is not None:
-            self.worker_id = uuid.uuid4().hex
-            params.extra_args = {**(params.extra_args or {}), **arguments, "align_spec_id": self.worker_id}
+            self.ask()
+            self._worker_id = uuid.uuid4().hex
+            params.extra_args = {**(params.extra_args or {}), **arguments, "align_spec_id": self._worker_id}
+            if self._call.strategy.control:
+                control_ids = self._frontend.control_ids
+                params.extra_args[control.KEY] = list(control_ids)
+                params.stop_token_ids = [*(params.stop_token_ids or ()), *control_ids]
         async with aclosing(self._launch(prompt_token_ids, params)) as outputs:
             async for output in outputs:
                 completion = output.outputs[0]
                 token_ids = list(completion.token_ids)
                 logprobs = completion.logprobs
-                yield Chunk(
-                    token_ids,
-                    None if logprobs is None else rows(logprobs, len(logprobs) - len(token_ids), len(logprobs)),
-                    completion.finish_reason,
-                    completion.stop_reason,
-                    output,
-                )
+                found = None if logprobs is None else rows(logprobs, len(logprobs) - len(token_ids), len(logprobs))
+                word = control_ids.get(completion.stop_reason)
+                if word == "failed":
+                    method = self._call.strategy.method
+                    raise GenerationError(f"{method} failed inside the engine; the server's log says why")
+                if word is not None:
+                    found = None if found is None else found[:-1]
+                    yield Chunk(token_ids[:-1], found, control=word, source=output)
+                else:
+                    yield Chunk(token_ids, found, completion.finish_reason, completion.stop_reason, source=output)
 
     async def score(self, prompt_token_ids: Sequence[int], start: int) -> Scored:
         """See `strategies.base.Engine.score`."""
@@ -499,8 +571,8 @@ def _encode_after(tokenizer: Any, before: str, text: str) -> tuple[list[int], li
     return encoded["input_ids"][first:], [end - seam for _, end in offsets[first:]]
 
 
-def _facts(config: Any, options: EngineOptions) -> EngineFacts:
-    speculative = config.speculative_config
+def _facts(config: Any, options: EngineOptions, control_ids: bool) -> EngineFacts:
+    speculative, structured = config.speculative_config, config.structured_outputs_config
     return EngineFacts(
         draft_method=None if speculative is None else speculative.method,
         draft_sampling=getattr(speculative, "draft_sample_method", "greedy"),
@@ -510,7 +582,33 @@ def _facts(config: Any, options: EngineOptions) -> EngineFacts:
         shards_sampling=bool(config.parallel_config.enable_batch_sharded_sampling),
         scores_are_logprobs=config.model_config.logprobs_mode in ("raw_logprobs", "processed_logprobs"),
         pilot=options.wsd.pilot is not None,
+        control_ids=control_ids,
+        reasoning=bool(structured.reasoning_parser) and not structured.enable_in_reasoning,
     )
+
+
+def _strings(stop: str | Sequence[str] | None) -> Sequence[str]:
+    return [stop] if isinstance(stop, str) else list(stop or ())
+
+
+def _truncates(params: SamplingParams) -> dict[str, str]:
+    """What cuts the distribution that is sampled from."""
+    by_default = "send {}={:g} (the model's generation_config may set another default)"
+    found = {"top_p": (params.top_p, 1.0), "top_k": (max(params.top_k, 0), 0), "min_p": (params.min_p, 0.0)}
+    return {
+        f"{name}={value:g}": by_default.format(name, neutral)
+        for name, (value, neutral) in found.items()
+        if value != neutral
+    }
+
+
+def _grammar(params: SamplingParams) -> str | None:
+    """The structured output of verified parameters in one text; what the backend makes of it depends on its order."""
+    wanted = params.structured_outputs
+    if wanted is None:
+        return None
+    fields = {name: getattr(wanted, name) for name in sorted(f.name for f in dataclasses.fields(wanted))}
+    return json.dumps(fields, default=str)
 
 
 def _bends(params: SamplingParams, kwargs: Mapping[str, Any], model_config: Any) -> dict[str, str]:
@@ -521,7 +619,6 @@ def _bends(params: SamplingParams, kwargs: Mapping[str, Any], model_config: Any)
     found: dict[str, tuple[Any, Any, str]] = {
         "prompt_logprobs": (params.prompt_logprobs, None, f"{drop} (echo with logprobs sets it)"),
         "prompt_logprob_token_ids": (params.prompt_logprob_token_ids is not None, False, drop),
-        "structured_outputs": (params.structured_outputs is not None, False, f"{drop} (response_format, tools set it)"),
         "logit_bias": (bool(params.logit_bias), False, drop),
         "bad_words": (params.bad_words or [], [], drop),
         "allowed_token_ids": (params.allowed_token_ids is not None, False, drop),

@@ -36,9 +36,14 @@ class Stash:
     draft: torch.Tensor
     draft_line: torch.Tensor
 
-    def edit_last_rows(self, logits: torch.Tensor) -> None:
-        """Puts bonus rows (without speculation: all rows) into what vLLM samples; its own masks stay."""
+    def edit_last_rows(self, logits: torch.Tensor, control_ids: torch.Tensor | None) -> None:
+        """Puts bonus rows (without speculation: all rows) into what vLLM samples; its own masks stay.
+
+        A control id is above them: where it is not forced, it is masked in ``rows`` already.
+        """
         masked = torch.isneginf(logits[self.last_line])
+        if control_ids is not None:
+            masked[:, control_ids] = False
         logits[self.last_line] = self.rows[self.last].masked_fill_(masked, float("-inf"))
 
     def edit_draft_rows(self, logits: torch.Tensor) -> None:
@@ -59,8 +64,24 @@ def facade_of(logitsprocs: Any) -> AlignSpecLogitsProcessor | None:
 def note_drafts(runner: Any, fits: bool) -> None:
     """Fills patch ``v1_drafter_fits``: the drafts of the next step are stand-ins if the input did not fit."""
     facade = facade_of(runner.input_batch.logitsprocs)
-    if facade is not None and facade.processors:
+    if facade is not None and facade.busy:
         facade.drafts_are_real[: runner.input_batch.num_reqs] = fits
+
+
+def before_mask(scheduler_output: Any, input_batch: Any, logits: torch.Tensor) -> None:
+    """Fills patch ``v1_grammar_mask``."""
+    facade = facade_of(input_batch.logitsprocs)
+    if facade is None or not facade.busy:
+        return
+    with facade.guard():
+        wanted = facade.of_grammar(np.arange(input_batch.num_reqs))
+        if wanted.any():
+            drafts = scheduler_output.scheduled_spec_decode_tokens
+            count = np.array([1 + len(drafts.get(i, ())) for i in input_batch.req_ids])
+            first = np.cumsum(count) - count
+            slot = np.repeat(np.flatnonzero(wanted), count[wanted])
+            r = np.arange(len(slot)) - np.repeat(np.cumsum(count[wanted]) - count[wanted], count[wanted])
+            facade.before_mask(logits, send(first[slot] + r, logits.device), slot, send(r, logits.device))
 
 
 def before_sample(runner: Any, logits: torch.Tensor | None, metadata: Any) -> None:
@@ -70,7 +91,7 @@ def before_sample(runner: Any, logits: torch.Tensor | None, metadata: Any) -> No
     facade = facade_of(runner.input_batch.logitsprocs)
     if facade is not None:
         facade.stash = None
-        if logits is not None:
+        if logits is not None and facade.busy:
             with facade.guard():
                 _limit = _show(facade, runner, logits, metadata)
 
@@ -140,6 +161,7 @@ def _show(facade: AlignSpecLogitsProcessor, runner: Any, logits: torch.Tensor, m
                 draft=draft,
                 entry=send(entries, device),
                 entry_np=entries,
+                unmasked=facade.unmasked(processor, picked, len(r)),
             ),
         )
         if limit is not None:

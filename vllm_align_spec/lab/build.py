@@ -278,9 +278,7 @@ def build(out: Path, *, only: Sequence[str] | None = None, scale: float = 1.0, s
     with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as scratch, _progress() as progress:
         for name in names:
             plan, folder = PLANS[name], Path(scratch) / name
-            models[name] = _train(
-                name, folder, out, tokenizers[plan.form], seed=seed, scale=scale, progress=progress
-            )
+            models[name] = _train(name, folder, out, tokenizers[plan.form], seed=seed, scale=scale, progress=progress)
             _swap(folder, out / name)
     write_prompts(out / PROMPTS, seed)
     _draw_curves(models, out / CURVES)

@@ -31,6 +31,24 @@ def _token_logprobs_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _logsumexp_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr, stride, line_ptr, scale_ptr, out_ptr, vocab_size, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0)
+    base = logits_ptr + tl.load(line_ptr + row) * stride
+    scale = tl.load(scale_ptr + row)
+    top = tl.full((), -3.0e38, tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        offset = start + tl.arange(0, BLOCK)
+        x = tl.load(base + offset, mask=offset < vocab_size, other=float("-inf")).to(tl.float32) * scale
+        new_top = tl.maximum(top, tl.max(x, axis=0))
+        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(x - new_top), axis=0)
+        top = new_top
+    tl.store(out_ptr + row, top + tl.log(total))
+
+
+@triton.jit
 def _force_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, stride, index_ptr, where_ptr, token_ptr, vocab_size, BLOCK: tl.constexpr
 ):
@@ -47,6 +65,15 @@ def token_logprobs(logits: torch.Tensor, index: torch.Tensor, tokens: torch.Tens
     out = torch.empty(index.shape, dtype=torch.float32, device=logits.device)
     _token_logprobs_kernel[(index.numel(),)](
         logits, logits.stride(0), index.contiguous(), tokens.contiguous(), out, logits.shape[1], BLOCK=_BLOCK
+    )
+    return out
+
+
+def row_logsumexp(logits: torch.Tensor, line: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """See `rows.row_logsumexp`."""
+    out = torch.empty(line.shape, dtype=torch.float32, device=logits.device)
+    _logsumexp_kernel[(line.numel(),)](
+        logits, logits.stride(0), line.contiguous(), scale.contiguous(), out, logits.shape[1], BLOCK=_BLOCK
     )
     return out
 

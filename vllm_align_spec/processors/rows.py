@@ -9,12 +9,32 @@ so a step costs no synchronisation; a request with fewer rows than L repeats its
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
+
+from vllm_align_spec.options import EngineOptions
+
+
+class Control(IntEnum):
+    """What a forced control id says."""
+
+    ABANDON = 0
+    SEGMENT_END = 1
+    FAILED = 2
+
+
+@dataclass(frozen=True)
+class HostRows:
+    """What of `Rows` a method that keeps its state on the host has to read there."""
+
+    position: np.ndarray[Any, np.dtype[np.int64]]  # [S]
+    count: np.ndarray[Any, np.dtype[np.int64]]  # [S]
+    draft: np.ndarray[Any, np.dtype[np.int64]]  # [S, L]
 
 
 @dataclass(frozen=True)
@@ -22,7 +42,7 @@ class Rows:
     """One step, as the requests that asked for one method see it.
 
     ``logits`` come after vLLM's grammar mask and before temperature; a method edits them in place, only at ``index``,
-    and must not raise a -inf.
+    and must not raise a -inf, except to force a control id.
     """
 
     # [N, V] float32
@@ -39,16 +59,35 @@ class Rows:
     entry: torch.Tensor
     # [S] the same on the host
     entry_np: np.ndarray[Any, np.dtype[np.int64]]
+    # [S, L] float32: log-sum-exp of row / temperature before the grammar mask; None if this step masked nothing, or if
+    # the method does not ask for it (`Processor.grammar`)
+    unmasked: torch.Tensor | None = None
+    # [control ids] int64, for methods that end requests (`Processor.control`), in the order of `Control`
+    control: torch.Tensor | None = None
+    # where the copies for `host` come from, if they were started before the forward pass
+    fetch: Callable[[], HostRows] | None = None
+
+    def host(self) -> HostRows:
+        """The grid's small numbers on the host. May wait for the device, though not for this step's forward pass if
+        the copies were started before it."""
+        if self.fetch is not None:
+            return self.fetch()
+        return HostRows(self.position.cpu().numpy(), self.count.cpu().numpy(), self.draft.cpu().numpy())
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes that stay constant while an engine runs."""
+    """What stays constant while an engine runs."""
 
     device: torch.device
     entries: int  # E
     rows: int  # L
     vocab_size: int  # V
+    options: EngineOptions = field(default_factory=EngineOptions)
+    # what an answer depends on besides its request: names and versions of model and engine
+    identity: Mapping[str, str] = field(default_factory=dict)
+    # of ranks that hold the same state, one keeps it beyond the engine's life
+    keeper: bool = True
 
 
 class Processor(Protocol):
@@ -56,6 +95,12 @@ class Processor(Protocol):
     preemption and read once more for the report."""
 
     method: ClassVar[str]
+    drafter: ClassVar[bool]
+    """Whether it works through the engine's drafter and does not exist without one."""
+    grammar: ClassVar[bool]
+    """Whether it reads `Rows.unmasked`."""
+    control: ClassVar[bool]
+    """Whether it ends requests by forcing control ids; elsewhere these are masked in its rows."""
 
     def __init__(self, layout: Layout) -> None:
         """Allocates everything: construction runs inside the engine's memory profile, steps do not."""
@@ -64,7 +109,8 @@ class Processor(Protocol):
         """Initialises an entry for a new request, on the host; ``flush`` sends it to the device."""
 
     def abandon(self, entry: int) -> None:
-        """The request's state is lost (it was aged out) or the method failed: decode plainly from here on."""
+        """The request's state is lost (it was aged out) or the method failed: decode plainly from here on, or, if the
+        method ends requests, end it as failed."""
 
     def flush(self) -> None:
         """Sends what ``admit`` and ``abandon`` staged; runs before the step's forward pass."""
@@ -89,7 +135,10 @@ class Processor(Protocol):
         """
 
     def reports(self, entries: Sequence[int]) -> list[dict[str, Any]]:
-        """What happened to the requests in these entries. Waits for the device."""
+        """What happened to the requests in these entries, which have ended. Waits for the device."""
+
+    def close(self) -> None:
+        """The worker ends."""
 
 
 def send(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
@@ -116,6 +165,24 @@ def token_logprobs(logits: torch.Tensor, index: torch.Tensor, tokens: torch.Tens
     log_p = logits.index_select(0, index.reshape(-1)).log_softmax(-1)
     chosen = log_p.gather(1, tokens.reshape(-1, 1).clamp(min=0)).view(index.shape)
     return chosen.masked_fill_(tokens < 0, float("-inf"))
+
+
+def row_logsumexp(logits: torch.Tensor, line: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """log sum exp (scale * logits[line]) over the vocabulary.
+
+    Args:
+        logits: [N, V], any floating type.
+        line: [M] int64 lines of ``logits``.
+        scale: [M] float32, the inverse temperature.
+
+    Returns:
+        [M] float32.
+    """
+    if logits.is_cuda:
+        from vllm_align_spec.processors import kernels
+
+        return kernels.row_logsumexp(logits, line, scale)
+    return (logits.index_select(0, line).float() * scale[:, None]).logsumexp(-1)
 
 
 def force(logits: torch.Tensor, index: torch.Tensor, where: torch.Tensor, tokens: torch.Tensor) -> None:

@@ -64,6 +64,9 @@ class WsdProcessor:
     """The switch, for all requests of a step at once. The rule of each row is in METHODS order: (a), (b), (c)."""
 
     method: ClassVar[str] = "wsd"
+    drafter: ClassVar[bool] = True
+    grammar: ClassVar[bool] = False
+    control: ClassVar[bool] = False
 
     def __init__(self, layout: Layout) -> None:
         def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -204,3 +207,6 @@ class WsdProcessor:
             {"reason": REASONS[reason], "kept": kept, "steps": steps, "starts": starts[: min(steps, STEP_CAPACITY)]}
             for reason, kept, steps, starts in zip(*(column[which].tolist() for column in columns), strict=True)
         ]
+
+    def close(self) -> None:
+        """Nothing outlives the worker."""

@@ -7,7 +7,7 @@ and never taken back. Text, stop strings, usage and the shape of the response ar
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 from vllm_align_spec.options import RequestOptions
@@ -23,13 +23,15 @@ class Chunk:
     finish_reason: str | None = None
     """vLLM's word for why the response ended here; None if it goes on."""
     stop_reason: int | str | None = None
+    control: str | None = None
+    """``abandon`` or ``segment_end`` where the token processor ended the inner request; there is no token for it."""
     source: Any = None
     """The engine's own output that these tokens came from, if they are its latest; opaque."""
 
     def drop(self, count: int) -> Chunk:
         """The chunk without its first ``count`` tokens."""
         logprobs = None if self.logprobs is None else self.logprobs[count:]
-        return Chunk(self.token_ids[count:], logprobs, self.finish_reason, self.stop_reason, self.source)
+        return replace(self, token_ids=self.token_ids[count:], logprobs=logprobs)
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,19 @@ class Request:
     """What else bends or hides the base model's distribution in this request: name=value, and how to do without."""
     logprobs_of_ids: bool = False
     """Whether the client asked for the log-probabilities of token ids that it named."""
+    temperature: float = 1.0
+    seed: int | None = None
+    """The choice's own."""
+    n: int = 1
+    """How many choices the client asked for."""
+    grammar: str | None = None
+    """The structured output asked for, and who enforces it, in one canonical text."""
+    stop_strings: Sequence[str] = ()
+    ignore_eos: bool = False
+    truncates: Mapping[str, str] = field(default_factory=dict)
+    """What cuts the sampled distribution (top-p and kin): name=value, and how to do without."""
+    scope: str = ""
+    """Names whatever else the model's distribution depends on and who may share what is learnt of it: cache salt."""
 
     def option(self, kind: type[Any]) -> Any:
         """The request's options of one method."""
@@ -84,6 +99,10 @@ class EngineFacts:
     """Whether the engine reports log-probabilities rather than logits where it is asked for them."""
     pilot: bool
     """Whether the operator configured a pilot for WSD's hand-over mode."""
+    control_ids: bool
+    """Whether the model has token ids to spare by which a processor can end a request."""
+    reasoning: bool
+    """Whether grammars only begin where a reasoning parser says that reasoning has ended."""
 
 
 class Engine(Protocol):
@@ -96,6 +115,7 @@ class Engine(Protocol):
         max_tokens: int,
         min_tokens: int,
         arguments: Mapping[str, Any] | None = None,
+        seed: int | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """Continues a prompt with the request's own sampling parameters, except those given.
 
@@ -104,7 +124,12 @@ class Engine(Protocol):
             max_tokens: most tokens to generate.
             min_tokens: fewest before a stop id may end it.
             arguments: for the token processors in the worker; None for an ordinary request.
+            seed: instead of the request's own.
         """
+        ...
+
+    async def worker_reports(self) -> Sequence[Mapping[str, Any] | None]:
+        """The token processor's report of each inner request of this choice that had arguments, in order."""
         ...
 
     async def score(self, prompt_token_ids: Sequence[int], start: int) -> Scored:
@@ -128,6 +153,14 @@ class Engine(Protocol):
         ...
 
 
+class StrategyError(Exception):
+    """A method cannot give the response that was asked for, through no fault of the server.
+
+    Args:
+        message: what happened, for the client.
+    """
+
+
 class PilotError(Exception):
     """The pilot of WSD's hand-over mode did not deliver.
 
@@ -149,6 +182,8 @@ class Strategy(Protocol):
     """A method on the response plane. Instances hold no state of a request."""
 
     method: ClassVar[str]
+    control: ClassVar[bool]
+    """Whether its token processor ends requests by control ids."""
 
     def admit(self, request: Request, engine: EngineFacts) -> None:
         """Refuses what cannot be honoured.
@@ -162,13 +197,20 @@ class Strategy(Protocol):
         """The response of one choice, ending with the chunk that carries a finish reason."""
         ...
 
-    def report(self, notes: Notes, worker: Mapping[str, Any] | None, tokens: int, emitted: int) -> dict[str, Any]:
+    def report(
+        self, notes: Notes, workers: Sequence[Mapping[str, Any] | None], tokens: int, emitted: int
+    ) -> dict[str, Any]:
         """What happened to one choice.
 
         Args:
             notes: as ``run`` left them.
-            worker: the token processor's report of the last inner request that had one; None if it did not come.
+            workers: the token processor's report of each inner request that had one, in order; None for one that did
+                not come.
             tokens: response tokens that the client received.
             emitted: response tokens that ``run`` yielded; more than ``tokens`` where a stop string cut some off.
         """
+        ...
+
+    def conclude(self, reports: Sequence[dict[str, Any]]) -> None:
+        """Adds to the reports of a request's choices what only all of them together tell."""
         ...

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from functools import cache
 from typing import Any, ClassVar
@@ -36,6 +36,7 @@ class WsdStrategy:
     """Both modes of weak-to-strong decoding."""
 
     method: ClassVar[str] = "wsd"
+    control: ClassVar[bool] = False
 
     def admit(self, request: Request, engine: EngineFacts) -> None:
         """Refuses requests and engines with which the opening would not be the pilot's, or p not the base model's.
@@ -86,13 +87,19 @@ class WsdStrategy:
         run = _shared if options.wsd == "shared" else _handover
         return run(request, options, engine, notes)
 
-    def report(self, notes: Notes, worker: Mapping[str, Any] | None, tokens: int, emitted: int) -> dict[str, Any]:
+    def conclude(self, reports: Sequence[dict[str, Any]]) -> None:
+        """Choices have nothing in common."""
+
+    def report(
+        self, notes: Notes, workers: Sequence[Mapping[str, Any] | None], tokens: int, emitted: int
+    ) -> dict[str, Any]:
         """Reason and place of the switch, where each token came from, and what it cost in target forwards.
 
         ``origins`` runs over all response tokens: ``opening`` (the pilot's), ``draft`` (accepted after the switch),
         ``base`` (the base model's own; also whatever follows a hand-over), ``unknown`` (not itemised).
         """
         mode = notes["mode"]
+        worker = workers[-1] if workers else None
         found = notes if mode == "handover" else worker or {}
         kept, reason = found.get("kept"), found.get("reason")
         if kept is not None and kept > tokens:  # a stop string or max_tokens cut the opening short

@@ -1,0 +1,510 @@
+"""ASAp: grammar-aligned sampling (arXiv 2405.21047, section 3). Steering: towards the model's law given the grammar.
+
+The aim is P(w | w in L). A mask alone samples something else: it replaces c(u), the probability that the prefix u can
+still be completed within L, by 1 as long as it can be completed at all. ASAp keeps an upper bound c~(u) of c(u) from
+what was sampled before (`trie`), 1 where nothing was, and samples the next token a of a prefix u with
+
+    P(a|u) h(ua) / H(u)        h(ua) = c~(ua), 0 if illegal, 1 at a legal end
+                               H(u) = sum over legal a of P(a|u) h(ua)
+
+P is the model's law at the request's temperature over the *whole* vocabulary. ``adaptive`` is that. ``exact`` thins:
+every row but an attempt's first survives with probability rho = H(u) / h(u), where h(u) is the number with which u was
+sampled one row before; then the attempt returns w with probability P(w) / H(root), whatever other requests do to the
+trie meanwhile (CARS, arXiv 2510.01902, made concurrent). ``weighted`` multiplies its weight by rho instead. Where
+H(u) = 0, the attempt is abandoned.
+
+A row is drawn here, not by vLLM: one uniform number per (attempt, position) decides, and the row becomes one-hot on
+the result. So a draft token is accepted with the probability that it is drawn, and what the trie has to learn of a
+row is known with the row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from vllm_align_spec.options import MAX_STOP_IDS
+from vllm_align_spec.processors.rows import Control, HostRows, Layout, Rows, force, row_logsumexp, send
+from vllm_align_spec.processors.trie import TrieFileError, Tries, warm_up
+
+logger = logging.getLogger("vllm.align_spec")
+
+MODES = ("adaptive", "exact", "weighted")
+_ADAPTIVE, _EXACT, _WEIGHTED = range(len(MODES))
+_LIVE, _REJECTED, _DEAD_END, _FAILED = range(4)
+STATES = ("completed", "rejected", "dead_end", "failed")
+"""How an attempt ended: it was thinned away, no token was left, the method failed."""
+
+FILE = "tries.safetensors"
+
+_Int = np.ndarray[Any, np.dtype[np.int64]]
+_Float = np.ndarray[Any, np.dtype[np.float64]]
+
+# An attempt, as admission made it.
+_ATTEMPT = np.dtype(
+    [
+        ("trie", np.int64),
+        ("open", np.bool_),  # whether it holds a reference to its trie
+        ("mode", np.int64),
+        ("prompt", np.int64),  # tokens
+        ("length", np.int64),  # N: most tokens of a response, the end token included
+        ("shortest", np.int64),  # min_tokens
+        ("inverse_temperature", np.float64),
+        ("seed", np.uint64),
+        ("state", np.int64),
+        ("log_h0", np.float64),  # log H of its first row
+        ("rows", np.int64),  # rows reached
+        ("nodes", np.int64),  # nodes that it added
+        ("seconds", np.float64),  # its share of the host's work
+    ]
+)
+# Where an attempt stands between two steps.
+_PLACE = np.dtype(
+    [
+        ("out", np.int64),  # tokens out before row 0 of the next step
+        ("parent", np.int32),  # node of the row in which the latest token was drawn; -1 if it has none
+        ("token", np.int64),  # that token
+        ("log_p", np.float64),  # its log P
+        ("log_h", np.float64),  # the log h with which it was drawn
+        ("log_w", np.float64),  # sum of log rho
+        ("log_bank", np.float64),  # what rounding made of rho > 1, for the rows to come
+    ]
+)
+
+
+@dataclass
+class Drawn:
+    """What a step's rows say; [S, L] each, float64 unless said."""
+
+    log_h: torch.Tensor  # log H(u)
+    log_unvisited: torch.Tensor  # log mass of the legal children that the trie does not know
+    token: torch.Tensor  # int64: the token drawn
+    token_log_p: torch.Tensor  # log P of it
+    token_log_h: torch.Tensor  # log h with which it was drawn
+    draft_log_p: torch.Tensor  # log P of the row's draft token; -inf where there is none or it is illegal
+
+    def pack(self) -> torch.Tensor:
+        """[6, S, L] in the order of the fields: one copy to the host."""
+        return torch.stack([t.double() for t in vars(self).values()])
+
+
+def draw(
+    logits: torch.Tensor,
+    index: torch.Tensor,
+    unmasked: torch.Tensor,
+    inverse_temperature: torch.Tensor,
+    uniform: torch.Tensor,
+    draft: torch.Tensor,
+    ends: torch.Tensor,
+    only_ends: torch.Tensor,
+    no_ends: torch.Tensor,
+    offsets: torch.Tensor,
+    child: torch.Tensor,
+    child_log_c: torch.Tensor,
+) -> Drawn:
+    """Draws one token per row from P(a|u) h(ua) / H(u).
+
+    Args:
+        logits: [N, V] float32 after the grammar mask.
+        index: [S, L] int64 lines of ``logits``.
+        unmasked: [S, L] log-sum-exp of the rows over the temperature, before the mask.
+        inverse_temperature: [S] float64.
+        uniform: [S, L] float64 in (0, 1).
+        draft: [S, L] int64, -1 for none.
+        ends: [S, E] int64 token ids that end a response; -1 for none.
+        only_ends: [S, L] bool, rows in which nothing else is legal (the bound on the length).
+        no_ends: [S, L] bool, rows in which they are not (``min_tokens``).
+        offsets: [S * L + 1] int64; row i's visited children are ``child[offsets[i]:offsets[i + 1]]``.
+        child: [K] int64 token ids.
+        child_log_c: [K] float64, log c~ of each.
+
+    Returns:
+        the rows' numbers. A row without a legal token has log H = -inf and an arbitrary token.
+    """
+    if logits.is_cuda:
+        from vllm_align_spec.processors import kernels
+
+        return Drawn(
+            *kernels.asap_draw(
+                logits, index, unmasked, inverse_temperature, uniform, draft,
+                ends, only_ends, no_ends, offsets, child, child_log_c,
+            )
+        )  # fmt: skip
+    s, width = index.shape
+    flat = index.reshape(-1)
+    x = logits.index_select(0, flat).double() * inverse_temperature.repeat_interleave(width)[:, None]
+    x -= unmasked.reshape(-1, 1)
+    for flags, only in ((only_ends, True), (no_ends, False)):
+        row = torch.nonzero(flags.reshape(-1))[:, 0]
+        which, place = torch.nonzero(ends[row // width] >= 0, as_tuple=True)
+        at = row[which], ends[row // width][which, place]
+        kept = x[at] if only else -torch.inf
+        if only:
+            x[row] = -torch.inf
+        x[at] = kept
+    draft_log_p = x.gather(1, draft.reshape(-1, 1).clamp(min=0))[:, 0].masked_fill(draft.reshape(-1) < 0, -torch.inf)
+
+    of_row = torch.repeat_interleave(offsets.diff())
+    log_p_child = x[of_row, child]
+    x[of_row, child] = -torch.inf
+    log_unvisited = x.logsumexp(1)
+    x[of_row, child] = log_p_child + child_log_c
+    log_h = x.logsumexp(1)
+
+    cdf = (x - log_h[:, None]).exp_().nan_to_num_(0.0).cumsum(1)
+    token = torch.searchsorted(cdf, uniform.reshape(-1, 1) * cdf[:, -1:], right=True)[:, 0].clamp(max=x.shape[1] - 1)
+    token_log_h = torch.zeros_like(log_h)
+    hit = child == token[of_row]
+    token_log_h[of_row[hit]] = child_log_c[hit]
+    token_log_p = x.gather(1, token[:, None])[:, 0] - token_log_h
+    found = (log_h, log_unvisited, token, token_log_p, token_log_h, draft_log_p)
+    return Drawn(*(t.view(s, width) for t in found))
+
+
+def survives(
+    log_h: torch.Tensor, log_used: torch.Tensor, first: torch.Tensor, log_bank: torch.Tensor, log_coin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Thinning, row after row: survive with probability min(1, m rho), then m <- max(1, m rho).
+
+    rho exceeds 1 by rounding only. m, which starts at 1, banks the excess for the rows that follow.
+
+    Args:
+        log_h: [S, L] log H(u).
+        log_used: [S, L] log h(u), as used one row before.
+        first: [S] bool, whether row 0 is an attempt's first, which is not thinned.
+        log_bank: [S] log m before row 0.
+        log_coin: [S, L] log of a uniform number each.
+
+    Returns:
+        [S, L] bool, [S, L] log rho (0 at first rows), [S, L] log m after each row.
+    """
+    log_rho = torch.where(log_h == -torch.inf, -torch.inf, log_h - log_used)
+    log_rho[:, 0] = torch.where(first & (log_h[:, 0] > -torch.inf), 0.0, log_rho[:, 0])
+    alive, banks = [], []
+    for r in range(log_h.shape[1]):
+        with_bank = log_bank + log_rho[:, r]
+        alive.append(log_coin[:, r] <= with_bank)
+        log_bank = with_bank.clamp(min=0.0)
+        banks.append(log_bank)
+    return torch.stack(alive, 1), log_rho, torch.stack(banks, 1)
+
+
+def uniforms(seed: np.ndarray[Any, np.dtype[np.uint64]], counter: np.ndarray[Any, np.dtype[np.uint64]]) -> _Float:
+    """Uniform numbers in (0, 1) that depend on (seed, counter) alone: SplitMix64 of both, its upper 53 bits."""
+    with np.errstate(over="ignore"):
+        z = seed + (counter + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+        z ^= z >> np.uint64(31)
+    found: _Float = ((z >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return found
+
+
+@dataclass
+class _Step:
+    """A step's rows on their way back from the device."""
+
+    entry: _Int  # [S]
+    host: HostRows
+    node: np.ndarray[Any, np.dtype[np.int32]]  # [S, L]
+    numbers: torch.Tensor  # [9, S, L] on the host: the fields of `Drawn`, then what `survives` returns
+    arrived: torch.cuda.Event | None
+    turn: int
+    seconds: float
+
+
+class AsapProcessor:
+    """All modes of ASAp, for all requests of a step at once.
+
+    Between two steps an attempt stands at a place: the token that was drawn last, and the node of the row it was drawn
+    in. A step finds the nodes of its rows, draws, and leaves the rest (inserting what was seen, backing it up) to the
+    beginning of the next one, when the numbers have reached the host.
+    """
+
+    method: ClassVar[str] = "asap"
+    drafter: ClassVar[bool] = False
+    grammar: ClassVar[bool] = True
+    control: ClassVar[bool] = True
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        options = layout.options.asap
+        self._tries = Tries(options.max_bytes)
+        entries = layout.entries
+        self._attempt = np.zeros(entries, dtype=_ATTEMPT)
+        self._place = np.zeros(entries, dtype=_PLACE)
+        self._before = np.zeros(entries, dtype=_PLACE)  # one step back: a step that was taken back is drawn again
+        self._ends = np.full((entries, MAX_STOP_IDS), -1, dtype=np.int64)
+        self._steps: deque[_Step] = deque()
+        self._turn = 0
+        self._ready = False
+        self._seconds = 0.0
+        self._file: Path | None = None
+        if options.save_path is not None:
+            # One file a model: a folder may serve many.
+            digest = hashlib.sha256(repr(sorted(layout.identity.items())).encode()).hexdigest()[:16]
+            self._file = Path(options.save_path) / f"{digest}.{FILE}"
+            self._load()
+
+    def _load(self) -> None:
+        assert self._file is not None
+        if not self._file.exists():
+            return
+        try:
+            count = self._tries.load(self._file, self._layout.identity)
+            logger.info("ASAp starts with %d tries from %s", count, self._file)
+        except TrieFileError as error:
+            logger.warning("ASAp starts without saved tries: %s", error)
+
+    def close(self) -> None:
+        """Saves the tries, if the operator named a place for them."""
+        if self._file is not None and self._layout.keeper and self._tries.nodes_used:
+            self._settle()
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._tries.save(self._file, self._layout.identity)
+
+    def admit(self, entry: int, arguments: Mapping[str, Any], prompt_len: int) -> None:
+        """``arguments`` are the request options and what `strategies.asap` adds to them."""
+        if not self._ready:
+            warm_up()
+            self._ready = True
+        self._release(entry)
+        ends = list(arguments["align_spec_stop_ids"])
+        attempt = self._attempt[entry]
+        attempt["trie"] = self._tries.open(bytes.fromhex(arguments["align_spec_trie"]))
+        self._tries.retain(int(attempt["trie"]))
+        attempt["open"] = True
+        attempt["mode"] = MODES.index(arguments["asap"])
+        attempt["prompt"] = prompt_len
+        attempt["length"] = arguments["align_spec_length"]
+        attempt["shortest"] = arguments["align_spec_min_tokens"]
+        attempt["inverse_temperature"] = 1 / arguments["align_spec_temperature"]
+        attempt["seed"] = arguments["align_spec_seed"]
+        for name in ("state", "rows", "nodes", "seconds"):
+            attempt[name] = 0
+        attempt["log_h0"] = -np.inf
+        self._place[entry] = self._before[entry] = (0, -1, -1, 0.0, 0.0, 0.0, 0.0)
+        self._ends[entry] = -1
+        self._ends[entry, : len(ends)] = ends
+
+    def abandon(self, entry: int) -> None:
+        """The attempt ends as failed with its next row."""
+        self._attempt[entry]["state"] = _FAILED
+
+    def _release(self, entry: int) -> None:
+        attempt = self._attempt[entry]
+        if attempt["open"]:
+            attempt["open"] = False
+            self._tries.release(int(attempt["trie"]))
+
+    def flush(self) -> None:
+        """Takes in what the last step saw, if it is here already; else `apply` will wait for it."""
+        self._turn += 1
+        self._settle(wait=False)
+
+    def observe(self, entry: torch.Tensor, position: torch.Tensor, counted: torch.Tensor) -> None:
+        """Nothing: every row comes to `apply`."""
+
+    def active(self, entry: _Int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """All requests, to their end."""
+        return np.ones(len(entry), dtype=bool)
+
+    def apply(self, rows: Rows) -> torch.Tensor:
+        """Draws the token of every row; see `rows.Processor.apply`."""
+        host = rows.host()
+        began = time.perf_counter()
+        self._settle(before=self._turn)
+        e, device = rows.entry_np, rows.logits.device
+        attempt = self._attempt[e]
+        drawing = host.count > 0
+        out = host.position + 1 - attempt["prompt"]
+        again = drawing & (out != self._place["out"][e]) & (out == self._before["out"][e])
+        self._place[e[again]] = self._before[e[again]]
+        place = self._place[e]
+        lost = drawing & ((out != place["out"]) | ~attempt["open"])
+        attempt["state"][lost] = self._attempt["state"][e[lost]] = _FAILED
+
+        width = host.draft.shape[1]
+        r = np.arange(width)
+        real = (r < host.count[:, None]) & ~lost[:, None]
+        first = out == 0
+        node = np.full((len(e), width), -1, dtype=np.int32)
+        parent = np.where(drawing, place["parent"], -1)
+        node[:, 0] = np.where(first, self._tries.root(attempt["trie"]), self._tries.child(parent, place["token"]))
+        for j in range(1, width):
+            node[:, j] = np.where(real[:, j], self._tries.child(node[:, j - 1], host.draft[:, j - 1]), -1)
+        offsets, child, child_log_c, _ = self._tries.children(node.reshape(-1))
+        log_used = self._tries.log_c(node.reshape(-1)).reshape(node.shape)
+        log_used[:, 0] = place["log_h"]
+        counter = 2 * (out[:, None] + r).astype(np.uint64)
+        seed = attempt["seed"][:, None]
+        # What only the trie knows, in one copy.
+        sent = send(
+            np.stack([uniforms(seed, counter), np.log(uniforms(seed, counter + np.uint64(1))), log_used]), device
+        )
+        per_request = send(np.stack([attempt["inverse_temperature"], place["log_bank"], first]), device)
+        limits = np.stack(
+            [out[:, None] + r >= attempt["length"][:, None] - 1, out[:, None] + r < attempt["shortest"][:, None]]
+        )
+        limits_sent = send(limits, device)
+        host_seconds = time.perf_counter() - began
+
+        unmasked = rows.unmasked
+        if unmasked is None:  # nothing was masked in this step
+            scale = per_request[0].float().repeat_interleave(width)
+            unmasked = row_logsumexp(rows.logits, rows.index.reshape(-1), scale).view(rows.index.shape)
+        drawn = draw(
+            rows.logits,
+            rows.index,
+            unmasked,
+            per_request[0],
+            sent[0],
+            rows.draft,
+            send(self._ends[e], device),
+            limits_sent[0],
+            limits_sent[1],
+            send(offsets, device),
+            send(child.astype(np.int64), device),
+            send(child_log_c, device),
+        )
+        alive, log_rho, log_bank = survives(drawn.log_h, sent[2], per_request[2] > 0, per_request[1], sent[1])
+        thinned = send(attempt["mode"] == _EXACT, device)[:, None]
+        alive = torch.where(thinned, alive, log_rho > -torch.inf)
+
+        assert rows.control is not None
+        failed = send(attempt["state"] == _FAILED, device)[:, None]
+        token = torch.where(alive, drawn.token, rows.control[Control.ABANDON])
+        token = torch.where(failed, rows.control[Control.FAILED], token)
+        force(rows.logits, rows.index, send(r < host.count[:, None], device), token)
+        numbers = torch.cat([drawn.pack(), torch.stack([alive.double(), log_rho, log_bank])])
+        self._send_back(e, host, node, numbers, host_seconds)
+        return torch.full_like(rows.count, width)
+
+    def _send_back(self, e: _Int, host: HostRows, node: Any, numbers: torch.Tensor, seconds: float) -> None:
+        arrived = None
+        if numbers.is_cuda:
+            numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._steps.append(_Step(e, host, node, numbers, arrived, self._turn, seconds))
+
+    def _settle(self, *, before: int | None = None, wait: bool = True) -> None:
+        """Takes in the steps of earlier turns than ``before`` (or all), or of them those that have arrived."""
+        while self._steps and (before is None or self._steps[0].turn < before):
+            arrived = self._steps[0].arrived
+            if arrived is not None:
+                if not wait and not arrived.query():
+                    return
+                arrived.synchronize()
+            step = self._steps.popleft()
+            began = time.perf_counter()
+            self._take_in(step)
+            seconds = step.seconds + time.perf_counter() - began
+            self._seconds += seconds
+            self._attempt["seconds"][step.entry] += seconds / len(step.entry)
+
+    def _take_in(self, step: _Step) -> None:
+        e, host = step.entry, step.host
+        attempt, place = self._attempt[e], self._place[e]
+        log_h, unvisited, token, token_log_p, token_log_h, draft_log_p, alive, log_rho, log_bank = step.numbers.numpy()
+        token = token.astype(np.int64)
+        width = token.shape[1]
+        live = (host.count > 0) & (attempt["state"] == _LIVE)
+
+        def is_end(tokens: _Int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+            return np.asarray((tokens[:, :, None] == self._ends[e][:, None, :]).any(-1))
+
+        # Which rows stand behind legal drafts that do not end the response, and which were reached.
+        real = (np.arange(width) < host.count[:, None]) & live[:, None]
+        seen, reached = real.copy(), real.copy()
+        goes_on = (draft_log_p > -np.inf) & ~is_end(host.draft)
+        agrees = goes_on & (alive > 0) & (token == host.draft)
+        seen[:, 1:] &= np.logical_and.accumulate(goes_on, axis=1)[:, :-1]
+        reached[:, 1:] &= np.logical_and.accumulate(agrees, axis=1)[:, :-1]
+
+        # Rows in the order of their requests: a row's parent stands right before it.
+        at, r = np.nonzero(seen)
+        inner = r > 0
+        parents = np.where(inner, -1, place["parent"][at])
+        node = self._tries.record(
+            trie=attempt["trie"][at],
+            node=step.node[at, r],
+            parent_row=np.where(inner, np.arange(len(at)) - 1, -1),
+            parent=parents,
+            token=np.where(inner, host.draft[at, r - 1], place["token"][at]),
+            log_p=np.where(inner, draft_log_p[at, r - 1], place["log_p"][at]),
+            unvisited=unvisited[at, r],
+        )
+        added = (node >= 0) & (step.node[at, r] < 0)
+        nodes = step.node.copy()
+        nodes[at, r] = node
+        np.add.at(self._attempt["nodes"], e[at[added]], 1)
+
+        mine = e[live]
+        count = reached.sum(1)
+        last = np.maximum(count - 1, 0)[:, None]
+
+        def at_last(values: Any) -> Any:
+            return np.take_along_axis(values, last, 1)[live, 0]
+
+        self._before[mine] = self._place[mine]
+        for name, value in (
+            ("out", (place["out"] + count)[live]),
+            ("parent", at_last(nodes)),
+            ("token", at_last(token)),
+            ("log_p", at_last(token_log_p)),
+            ("log_h", at_last(token_log_h)),
+            ("log_w", (place["log_w"] + np.where(reached, log_rho, 0.0).sum(1))[live]),
+            ("log_bank", at_last(log_bank)),
+        ):
+            self._place[name][mine] = value
+        first = live & (place["out"] == 0)
+        self._attempt["log_h0"][e[first]] = log_h[first, 0]
+        self._attempt["rows"][mine] += count[live]
+        died = live & ~((alive > 0) | ~reached).all(1)
+        dead_end = died & (reached & (log_h == -np.inf)).any(1)
+        self._attempt["state"][e[died]] = np.where(dead_end[died], _DEAD_END, _REJECTED)
+
+    def reports(self, entries: Sequence[int]) -> list[dict[str, Any]]:
+        """How each attempt went, and the state of the store."""
+        self._settle()
+        store = {
+            "nodes": self._tries.nodes_used,
+            "bytes": self._tries.bytes_used,
+            "evictions": self._tries.evictions,
+            "host_seconds": self._seconds,
+        }
+        found = []
+        for entry in entries:
+            attempt, place = self._attempt[entry], self._place[entry]
+            state = int(attempt["state"])
+            log_v = attempt["log_h0"] + place["log_w"] if state == _LIVE else -np.inf
+            found.append(
+                {
+                    "state": STATES[state],
+                    "rows": int(attempt["rows"]),
+                    "log_h0": _finite(attempt["log_h0"]),
+                    "log_v": _finite(log_v),
+                    "log_bank": _finite(place["log_bank"]),
+                    "log_mass_at_root": _finite(self._tries.mass_at_root(int(attempt["trie"]))),
+                    "nodes_added": int(attempt["nodes"]),
+                    "host_ms": round(1e3 * float(attempt["seconds"]), 3),
+                    "store": store,
+                }
+            )
+            self._release(entry)
+        return found
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: None stands for log 0."""
+    return float(value) if np.isfinite(value) else None

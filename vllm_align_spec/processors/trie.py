@@ -1,0 +1,662 @@
+"""What ASAp remembers of the samples it saw (arXiv 2405.21047, section 3): all tries of one worker, in one arena.
+
+c(u) is the probability that a completion of the prefix u, drawn from the unmasked model, lies in the language. A trie
+bounds it from above, from the visited prefixes alone::
+
+    log c~(u) = logaddexp( U(u), LSE over visited children ua of (log P(a|u) + log c~(ua)) )
+
+U(u) is the log mass of the legal children that were not visited: each of them counts with c~ = 1, an illegal one with
+0. Everything is float64 in log space, where nothing cancels; in linear space a c~ of e^-800 would be 0. The parent's
+row is gone when a child appears, so its U is corrected by what the child takes, and renewed whenever the row is seen
+again::
+
+    U <- max(U + log1p(-exp(log P(a|u) - U)), U + ln 1e-12)                  rounding up is sound: c~ stays >= c
+
+Between evictions c~ never rises. Prefixes that are illegal or were never visited have no node.
+
+Nodes are records of one array on the host, driven by numba. Children hang in a list (first_child, next_sibling), and
+so do free nodes. When the arena is full, the least recently used trie without a reference goes, as a whole: the
+attempts in flight keep theirs. If there is none, nothing more is inserted, and all else goes on.
+
+Letters of the shapes: R rows of an engine step, K visited children of all of them. A node, a row or a trie that there
+is not is -1 everywhere. A node id is valid while its trie is referenced. Not for several threads at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from numba import njit  # type: ignore[import-untyped]
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+NODE = np.dtype(
+    [
+        ("parent", np.int32),  # -1 at a root
+        ("token", np.int32),  # what leads here from the parent; -1 at a root
+        ("first_child", np.int32),
+        ("next_sibling", np.int32),  # of a free node: the next free one
+        ("depth", np.int32),  # tokens from the root
+        ("queued", np.int32),  # whether `_record` will recompute log_c; 0 between calls
+        ("log_p", np.float64),  # log P(token | parent)
+        ("log_c", np.float64),  # log c~
+        ("unvisited", np.float64),  # U
+    ]
+)
+BYTES_PER_NODE = NODE.itemsize
+
+MAX_TRIES = 65536
+"""Tries that a worker knows at once, empty ones included. With their keys they take 20 MB at most beside the arena."""
+MAX_KEY_BYTES = 64
+"""Keys are digests."""
+
+_TRIE = np.dtype([("root", np.int32), ("nodes", np.int32), ("references", np.int64), ("last_use", np.int64)])
+_STATE = np.dtype(
+    [
+        ("free", np.int64),  # head of the list of freed nodes
+        ("untouched", np.int64),  # the nodes from here on were never used: their pages cost no memory
+        ("tries", np.int64),  # entries of the table in use
+        ("nodes", np.int64),
+        ("evictions", np.int64),
+    ]
+)
+_LN_FLOOR = math.log(1e-12)
+
+_FORMAT = "vllm-align-spec tries 1"
+_TENSORS = {
+    "keys": "U8",  # of all tries, one after the other; tries from the least to the most recently used
+    "key_bytes": "I32",  # [tries]
+    "trie_nodes": "I32",  # [tries]
+    # [nodes] trie after trie, its root first, parents before their children
+    "parent": "I32",
+    "token": "I32",
+    "log_p": "F64",
+    "log_c": "F64",
+    "unvisited": "F64",
+}
+
+_Records = np.ndarray[Any, np.dtype[np.void]]
+_Int = np.ndarray[Any, np.dtype[np.int64]]
+_Int32 = np.ndarray[Any, np.dtype[np.int32]]
+_Float = np.ndarray[Any, np.dtype[np.float64]]
+_Arena = tuple[_Records, _Records, _Records]  # nodes, tries, the one record of the state
+_Tensors = dict[str, np.ndarray[Any, Any]]
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class TrieFileError(ValueError):
+    """A file that is not what it should be; the message names the file and the mismatch."""
+
+
+def _jit(function: _F) -> _F:
+    try:
+        return cast(_F, njit(cache=True, nogil=True)(function))
+    except RuntimeError:  # no folder to cache in can be written to, as in containers with a read-only root
+        return cast(_F, njit(nogil=True)(function))
+
+
+@_jit
+def _at_most_zero(log_value: float) -> float:
+    """Rounding may have gone above 0; a nan becomes 0 too, which only rounds c~ up."""
+    return log_value if log_value < 0.0 else 0.0
+
+
+@_jit
+def _log_c(nodes: _Records, node: int) -> float:
+    """The recursion of the module docstring, in one pass over the children."""
+    top, total = nodes[node].unvisited, 1.0
+    child = nodes[node].first_child
+    while child >= 0:
+        term = nodes[child].log_p + nodes[child].log_c
+        if term > top:
+            total = total * math.exp(top - term) + 1.0
+            top = term
+        elif term > -math.inf:
+            total += math.exp(term - top)
+        child = nodes[child].next_sibling
+    return top + math.log(total)  # type: ignore[no-any-return]
+
+
+@_jit
+def _without(unvisited: float, log_p: float) -> float:
+    """U after a child of this mass has left it."""
+    if unvisited == -math.inf:
+        return unvisited
+    if log_p >= unvisited:
+        return unvisited + _LN_FLOOR
+    return unvisited + max(math.log1p(-math.exp(log_p - unvisited)), _LN_FLOOR)
+
+
+@_jit
+def _find(nodes: _Records, node: int, token: int) -> int:
+    child = nodes[node].first_child
+    while child >= 0 and nodes[child].token != token:
+        child = nodes[child].next_sibling
+    return child  # type: ignore[no-any-return]
+
+
+@_jit
+def _victim(tries: _Records, state: _Records, empty: bool) -> int:
+    """The least recently used of the tries without references that have nodes, or of those that have none."""
+    found = -1
+    for trie in range(state[0].tries):
+        candidate = tries[trie].references == 0 and (tries[trie].nodes == 0) == empty
+        if candidate and (found < 0 or tries[trie].last_use < tries[found].last_use):
+            found = trie
+    return found
+
+
+@_jit
+def _evict(arena: _Arena, trie: int) -> None:
+    """Frees all nodes of a trie; its entry in the table stays. The list of nodes still to visit needs no memory
+    either: it is threaded through next_sibling like the list of free ones."""
+    nodes, tries, state = arena
+    node = tries[trie].root
+    while node >= 0:
+        following = nodes[node].next_sibling
+        child = nodes[node].first_child
+        if child >= 0:
+            last = child
+            while nodes[last].next_sibling >= 0:
+                last = nodes[last].next_sibling
+            nodes[last].next_sibling = following
+            following = child
+        nodes[node].next_sibling = state[0].free
+        state[0].free = node
+        node = following
+    state[0].nodes -= tries[trie].nodes
+    state[0].evictions += 1
+    tries[trie].root = -1
+    tries[trie].nodes = 0
+
+
+@_jit
+def _insert(arena: _Arena, trie: int, parent: int, token: int, log_p: float, log_c: float, unvisited: float) -> int:
+    """A new child of ``parent``, or the root if that is -1; -1 if there is no room even after an eviction."""
+    nodes, tries, state = arena
+    if state[0].free < 0 and state[0].untouched == len(nodes):
+        victim = _victim(tries, state, False)
+        if victim < 0:
+            return -1
+        _evict(arena, victim)
+    if state[0].free >= 0:
+        node = state[0].free
+        state[0].free = nodes[node].next_sibling
+    else:
+        node = state[0].untouched
+        state[0].untouched += 1
+    state[0].nodes += 1
+    tries[trie].nodes += 1
+    new = nodes[node]
+    new.parent, new.token, new.first_child, new.next_sibling, new.depth, new.queued = parent, token, -1, -1, 0, 0
+    new.log_p, new.log_c, new.unvisited = log_p, log_c, unvisited
+    if parent < 0:
+        tries[trie].root = node
+    else:
+        new.depth = nodes[parent].depth + 1
+        new.next_sibling = nodes[parent].first_child
+        nodes[parent].first_child = node
+    return node  # type: ignore[no-any-return]
+
+
+@_jit
+def _queue(nodes: _Records, node: int, dirty: _Int, count: int) -> int:
+    """Puts a node, once, on the list of those to recompute."""
+    if nodes[node].queued:
+        return count
+    nodes[node].queued = 1
+    dirty[count] = (np.int64(nodes[node].depth) << 32) | node
+    return count + 1
+
+
+@_jit
+def _record(
+    arena: _Arena, trie: _Int, node: _Int32, parent_row: _Int, parent: _Int32, token: _Int, log_p: _Float, legal: _Float
+) -> _Int32:
+    nodes, tries, _ = arena
+    rows = len(trie)
+    out = np.full(rows, -1, np.int32)
+    dirty = np.empty(2 * rows, np.int64)  # depth << 32 | node
+    count = 0
+    for i in range(rows):
+        if trie[i] >= 0:
+            tries[trie[i]].references += 1  # no trie of this call may be evicted by it
+
+    # (1) Renew U where the row was seen again.
+    for i in range(rows):
+        u = out[i] = node[i]
+        if u < 0:
+            continue
+        mass = _at_most_zero(legal[i])
+        nodes[u].unvisited = max(nodes[u].unvisited, mass) if nodes[u].queued else mass
+        count = _queue(nodes, u, dirty, count)
+
+    # (2) Make the nodes that are missing.
+    full = False
+    for i in range(rows):
+        if out[i] >= 0 or trie[i] < 0:
+            continue
+        u = parent[i]
+        if parent_row[i] >= 0:
+            u = out[parent_row[i]] if parent_row[i] < i else -1
+        if (u < 0 and parent_row[i] >= 0) or (u < 0) != (token[i] < 0):
+            continue
+        made = tries[trie[i]].root if u < 0 else _find(nodes, u, token[i])
+        if made < 0 and not full:
+            mass = _at_most_zero(log_p[i]) if u >= 0 else 0.0
+            made = _insert(arena, trie[i], u, token[i], mass, 0.0, _at_most_zero(legal[i]))
+            full = made < 0
+            if made >= 0:
+                count = _queue(nodes, made, dirty, count)
+            if made >= 0 and u >= 0:
+                nodes[u].unvisited = _without(nodes[u].unvisited, mass)
+                count = _queue(nodes, u, dirty, count)
+        out[i] = made
+
+    # (3) Back up, level by level from the deepest. A level holds the dirty nodes of its depth and the parents of those
+    # nodes one deeper that changed; the parents overwrite the front of the list, which has been read by then.
+    dirty = np.sort(dirty[:count])
+    level = np.empty(count, np.int64)
+    width = 0
+    depth = np.int64(0)
+    while count > 0 or width > 0:
+        if width == 0:
+            depth = dirty[count - 1] >> 32
+        while count > 0 and dirty[count - 1] >> 32 == depth:
+            count -= 1
+            level[width] = dirty[count] & 0xFFFFFFFF
+            width += 1
+        above = 0
+        for i in range(width):
+            u = level[i]
+            nodes[u].queued = 0
+            log_c = _log_c(nodes, u)
+            if log_c < nodes[u].log_c:
+                nodes[u].log_c = log_c
+                p = nodes[u].parent
+                if p >= 0 and not nodes[p].queued:
+                    nodes[p].queued = 1
+                    level[above] = p
+                    above += 1
+        width = above
+        depth -= 1
+
+    for i in range(rows):
+        if trie[i] >= 0:
+            tries[trie[i]].references -= 1
+    return out
+
+
+@_jit
+def _child(nodes: _Records, node: _Int32, token: _Int) -> _Int32:
+    out = np.full(len(node), -1, np.int32)
+    for i in range(len(node)):
+        if node[i] >= 0:
+            out[i] = _find(nodes, node[i], token[i])
+    return out
+
+
+@_jit
+def _children(nodes: _Records, node: _Int32) -> tuple[_Int, _Int, _Float, _Float]:
+    offsets = np.zeros(len(node) + 1, np.int64)
+    for i in range(len(node)):
+        offsets[i + 1] = offsets[i]
+        child = nodes[node[i]].first_child if node[i] >= 0 else np.int32(-1)
+        while child >= 0:
+            offsets[i + 1] += 1
+            child = nodes[child].next_sibling
+    token, log_c, log_p = np.empty(offsets[-1], np.int64), np.empty(offsets[-1]), np.empty(offsets[-1])
+    for i in range(len(node)):
+        child = nodes[node[i]].first_child if node[i] >= 0 else np.int32(-1)
+        for k in range(offsets[i], offsets[i + 1]):
+            token[k], log_c[k], log_p[k] = nodes[child].token, nodes[child].log_c, nodes[child].log_p
+            child = nodes[child].next_sibling
+    return offsets, token, log_c, log_p
+
+
+@_jit
+def _order(nodes: _Records, roots: _Int32, total: int) -> tuple[_Int32, _Int32]:
+    """The nodes of some tries, breadth first, and each one's parent by its place in that order."""
+    order, parent = np.empty(total, np.int32), np.full(total, -1, np.int32)
+    count = done = 0
+    for root in roots:
+        order[count] = root
+        count += 1
+        while done < count:
+            child = nodes[order[done]].first_child
+            while child >= 0:
+                order[count], parent[count] = child, done
+                count += 1
+                child = nodes[child].next_sibling
+            done += 1
+    return order, parent
+
+
+@_jit
+def _graft(
+    arena: _Arena, trie: int, parent: _Int32, token: _Int32, log_p: _Float, log_c: _Float, unvisited: _Float
+) -> None:
+    """Fills an empty trie for which there is room; ``parent`` counts from the trie's root, at 0."""
+    at = np.empty(len(parent), np.int64)
+    for i in range(len(parent)):
+        p = at[parent[i]] if i > 0 else -1
+        at[i] = _insert(arena, trie, p, token[i], log_p[i], log_c[i], unvisited[i])
+
+
+def _array(values: Any, dtype: type[np.generic]) -> Any:
+    """A copy in the one layout that the compiled functions know: any other would be compiled anew, in seconds."""
+    return np.array(values, dtype=dtype, order="C")
+
+
+class Tries:
+    """All tries of one worker.
+
+    Args:
+        max_bytes: size of the arena. Its pages are taken as nodes come to be used and are not given back.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._nodes: _Records = np.zeros(min(max_bytes // BYTES_PER_NODE, np.iinfo(np.int32).max), NODE)
+        self._tries: _Records = np.zeros(MAX_TRIES, _TRIE)
+        self._state: _Records = np.zeros(1, _STATE)
+        self._state["free"] = -1
+        self._arena = (self._nodes, self._tries, self._state)
+        self._by_key: dict[bytes, int] = {}
+        self._keys: list[bytes] = []
+        self._clock = 0
+
+    @property
+    def capacity(self) -> int:
+        """Nodes that fit."""
+        return len(self._nodes)
+
+    @property
+    def nodes_used(self) -> int:
+        """Nodes of all tries."""
+        return int(self._state["nodes"][0])
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of these nodes."""
+        return self.nodes_used * BYTES_PER_NODE
+
+    @property
+    def evictions(self) -> int:
+        """Tries whose nodes were dropped to make room."""
+        return int(self._state["evictions"][0])
+
+    def open(self, key: bytes) -> int:
+        """The trie with this key, now the most recently used; an empty one if there is none yet.
+
+        If `MAX_TRIES` are known, the least recently used one without references goes, first among the empty ones.
+
+        Returns:
+            Its id, valid while it is referenced; -1, a trie that stays empty, if all known ones are referenced.
+
+        Raises:
+            ValueError: the key is longer than `MAX_KEY_BYTES`.
+        """
+        if len(key) > MAX_KEY_BYTES:
+            raise ValueError(f"key of {len(key)} bytes; a trie's key has at most {MAX_KEY_BYTES}")
+        trie = self._by_key.get(key)
+        if trie is None:
+            trie = self._entry()
+            if trie < 0:
+                return -1
+            self._keys[trie] = key
+            self._by_key[key] = trie
+            self._tries[trie] = (-1, 0, 0, 0)
+        self._touch(trie)
+        return trie
+
+    def _entry(self) -> int:
+        """An entry of the table for a new trie."""
+        if len(self._keys) < len(self._tries):
+            self._keys.append(b"")
+            self._state["tries"] = len(self._keys)
+            return len(self._keys) - 1
+        trie = _victim(self._tries, self._state, True)
+        if trie < 0:
+            trie = _victim(self._tries, self._state, False)
+            if trie < 0:
+                return -1
+            _evict(self._arena, trie)
+        del self._by_key[self._keys[trie]]
+        return trie
+
+    def _touch(self, trie: int) -> None:
+        self._clock += 1
+        self._tries["last_use"][trie] = self._clock
+
+    def retain(self, trie: int) -> None:
+        """Keeps the trie from being evicted until a ``release``."""
+        if trie >= 0:
+            self._tries["references"][trie] += 1
+
+    def release(self, trie: int) -> None:
+        """Takes one ``retain`` back. The trie was in use until now.
+
+        Raises:
+            ValueError: nobody retains the trie.
+        """
+        if trie < 0:
+            return
+        if self._tries["references"][trie] <= 0:
+            raise ValueError(f"trie {trie} was released more often than it was retained")
+        self._tries["references"][trie] -= 1
+        self._touch(trie)
+
+    def root(self, tries: _Int) -> _Int32:
+        """Root nodes, [R] int32, of [R] tries."""
+        tries = np.asarray(tries, dtype=np.int64)
+        return np.where(tries >= 0, self._tries["root"][tries], np.int32(-1))
+
+    def child(self, nodes: _Int32, tokens: _Int) -> _Int32:
+        """The visited children, [R] int32, of [R] nodes by [R] tokens."""
+        return _child(self._nodes, _array(nodes, np.int32), _array(tokens, np.int64))
+
+    def children(self, nodes: _Int32) -> tuple[_Int, _Int, _Float, _Float]:
+        """All visited children of [R] nodes, in no particular order.
+
+        Returns:
+            offsets [R+1] int64: those of row i are at offsets[i] to offsets[i+1] of the others; tokens [K] int64;
+            log c~ [K] float64; log P of the token [K] float64.
+        """
+        return _children(self._nodes, _array(nodes, np.int32))
+
+    def log_c(self, nodes: _Int32) -> _Float:
+        """log c~, [R] float64, of [R] nodes; 0 for -1, since nothing is known of what was not visited."""
+        nodes = np.asarray(nodes, dtype=np.int32)
+        if not len(self._nodes):
+            return np.zeros(nodes.shape)
+        return np.where(nodes >= 0, self._nodes["log_c"][nodes], 0.0)
+
+    def mass_at_root(self, trie: int) -> float:
+        """log c~(root), a bound on the log mass of the language; 0 without a root."""
+        return float(self.log_c(self.root(np.array([trie])))[0])
+
+    def nodes(self, trie: int) -> int:
+        """Nodes of a trie."""
+        return int(self._tries["nodes"][trie]) if trie >= 0 else 0
+
+    def record(
+        self, trie: _Int, node: _Int32, parent_row: _Int, parent: _Int32, token: _Int, log_p: _Float, unvisited: _Float
+    ) -> _Int32:
+        """Takes in one engine step: all rows whose distribution was seen. They share one snapshot of the tries.
+
+        Args:
+            trie: [R] int64.
+            node: [R] int32, the row's node if the snapshot had one.
+            parent_row: [R] int64, the row of this call, an earlier one, that the row's parent belongs to.
+            parent: [R] int32, the node of the parent, if it belongs to no row of this call.
+            token: [R] int64, what leads from the parent to the row; -1 and no parent: the row is the trie's root.
+            log_p: [R] float64, log P(token | parent), at a root of no meaning.
+            unvisited: [R] float64, log mass of the legal children that the snapshot has not.
+
+        Returns:
+            [R] int32, the row's node; -1 if its parent has none or there is no room.
+        """
+        return _record(
+            self._arena,
+            _array(trie, np.int64),
+            _array(node, np.int32),
+            _array(parent_row, np.int64),
+            _array(parent, np.int32),
+            _array(token, np.int64),
+            _array(log_p, np.float64),
+            _array(unvisited, np.float64),
+        )
+
+    def save(self, path: Path, header: Mapping[str, str]) -> None:
+        """Writes all tries that have nodes to a safetensors file, at once or not at all.
+
+        Args:
+            path: the file; one that exists is replaced.
+            header: what the tries depend on (model, revision, dtype, ...); ``load`` wants the same.
+        """
+        tensors = self._packed()
+        metadata = {"format": _FORMAT, "sha256": _checksum(tensors)}
+        metadata |= {f"header.{name}": value for name, value in header.items()}
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file(tensors, unfinished, metadata)
+            os.replace(unfinished, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                unfinished.unlink()
+
+    def load(self, path: Path, header: Mapping[str, str], vocab_size: int = 2**31) -> int:
+        """Adds the tries of a file, as far as there is room, the most recently used first; one that is here stays.
+
+        Args:
+            path: a file that ``save`` wrote.
+            header: what it must have been written with.
+            vocab_size: what its tokens must lie below.
+
+        Returns:
+            How many tries were added.
+
+        Raises:
+            TrieFileError: the file is not of this format, not for this header, or damaged. Nothing was added.
+            OSError: the file cannot be read.
+        """
+        tensors = _read(path, header)
+        _check(path, tensors, vocab_size)
+        return self._unpack(tensors)
+
+    def _packed(self) -> _Tensors:
+        which = np.flatnonzero(self._tries["nodes"])
+        which = which[np.argsort(self._tries["last_use"][which])]
+        keys = [self._keys[trie] for trie in which]
+        order, parent = _order(self._nodes, self._tries["root"][which], self.nodes_used)
+        tensors: _Tensors = {name: self._nodes[name][order] for name in ("token", "log_p", "log_c", "unvisited")}
+        return tensors | {
+            "keys": np.frombuffer(b"".join(keys), np.uint8),
+            "key_bytes": np.array([len(key) for key in keys], np.int32),
+            "trie_nodes": self._tries["nodes"][which],
+            "parent": parent,
+        }
+
+    def _unpack(self, tensors: _Tensors) -> int:
+        keys = _split_keys(tensors)
+        sizes = tensors["trie_nodes"].tolist()
+        starts = (np.cumsum(tensors["trie_nodes"], dtype=np.int64) - tensors["trie_nodes"]).tolist()
+        room = self.capacity - self.nodes_used
+        chosen = []
+        for i in reversed(range(len(keys))):
+            if sizes[i] <= room and not self.nodes(self._by_key.get(keys[i], -1)):
+                room -= sizes[i]
+                chosen.append(i)
+        added = 0
+        for i in reversed(chosen):  # the most recently used last, so that it is that again
+            trie = self.open(keys[i])
+            if trie < 0:
+                continue
+            own = slice(starts[i], starts[i] + sizes[i])
+            parent = _array(tensors["parent"][own] - starts[i], np.int32)
+            token = _array(tensors["token"][own], np.int32)
+            values = [_array(tensors[name][own], np.float64) for name in ("log_p", "log_c", "unvisited")]
+            _graft(self._arena, trie, parent, token, *values)
+            added += 1
+        return added
+
+
+def _split_keys(tensors: _Tensors) -> list[bytes]:
+    joined = tensors["keys"].tobytes()
+    ends = np.cumsum(tensors["key_bytes"], dtype=np.int64).tolist()
+    return [joined[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _checksum(tensors: _Tensors) -> str:
+    digest = hashlib.sha256()
+    for name in _TENSORS:
+        digest.update(tensors[name].tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path, header: Mapping[str, str]) -> _Tensors:
+    """The tensors of a file of this format, header and checksum; what they hold is not yet to be trusted."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise TrieFileError(f"{path}: format is {metadata.get('format')!r}, not {_FORMAT!r}")
+            found = {name.removeprefix("header."): metadata[name] for name in metadata if name.startswith("header.")}
+            for name in sorted(found.keys() | header.keys()):
+                if found.get(name) != header.get(name):
+                    raise TrieFileError(f"{path}: {name} is {found.get(name)!r}, not {header.get(name)!r}")
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            if kinds != _TENSORS:
+                raise TrieFileError(f"{path}: tensors are {kinds}, not {_TENSORS}")
+            tensors = {name: file.get_tensor(name) for name in _TENSORS}
+    except SafetensorError as error:
+        raise TrieFileError(f"{path}: not a safetensors file: {error}") from error
+    if metadata.get("sha256") != _checksum(tensors):
+        raise TrieFileError(f"{path}: sha256 is {_checksum(tensors)}, not {metadata.get('sha256')} as it says")
+    return tensors
+
+
+def _check(path: Path, tensors: _Tensors, vocab_size: int) -> None:
+    """Raises unless the tensors are tries: whoever can write a file can also write its checksum."""
+
+    def demand(condition: Any, what: str) -> None:
+        if not np.all(condition):
+            raise TrieFileError(f"{path}: malformed: {what}")
+
+    demand([tensor.ndim == 1 for tensor in tensors.values()], "a tensor with more or less than one dimension")
+    sizes, key_bytes, parent, token = (tensors[name] for name in ("trie_nodes", "key_bytes", "parent", "token"))
+    demand([len(tensors[name]) == len(parent) for name in ("token", "log_p", "log_c", "unvisited")], "node counts")
+    demand(sizes >= 1, "a trie without nodes")
+    demand(sizes.sum(dtype=np.int64) == len(parent), "trie_nodes do not add up to the number of nodes")
+    demand(len(key_bytes) == len(sizes), "not one key a trie")
+    demand((key_bytes >= 0) & (key_bytes <= MAX_KEY_BYTES), f"a key of more than {MAX_KEY_BYTES} bytes")
+    demand(key_bytes.sum(dtype=np.int64) == len(tensors["keys"]), "key_bytes do not add up to the size of keys")
+    demand(len(set(_split_keys(tensors))) == len(sizes), "two tries with one key")
+    start = np.repeat(np.cumsum(sizes, dtype=np.int64) - sizes, sizes)
+    place = np.arange(len(parent))
+    is_root = place == start
+    demand(np.where(is_root, parent == -1, (start <= parent) & (parent < place)), "a parent that does not come before")
+    demand(np.where(is_root, token == -1, (token >= 0) & (token < vocab_size)), "a token outside the vocabulary")
+    edges = (parent.astype(np.int64) << 32 | token)[~is_root]
+    demand(len(np.unique(edges)) == len(edges), "two children with one token")
+    for name in ("log_p", "log_c", "unvisited"):
+        demand(tensors[name] <= 0.0, f"{name} above 0")
+
+
+def warm_up() -> None:
+    """Compiles everything on a tiny arena: 6 s once on a machine, then 1 s, from numba's cache."""
+    tries = Tries(2 * BYTES_PER_NODE)
+    trie = tries.open(b"")
+    none, zero = np.array([-1]), np.array([0.0])
+    root = tries.record(np.array([trie]), none, none, none, none, zero, zero)
+    tries.child(root, none)
+    tries.children(root)
+    _evict(tries._arena, _victim(*tries._arena[1:], False))
+    tries._unpack(tries._packed())
