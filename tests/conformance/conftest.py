@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from wsd_engine import Engine
+from engines import Engine
 
 
 @pytest.fixture(scope="session")

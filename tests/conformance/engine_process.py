@@ -45,6 +45,17 @@ def main() -> None:
 
         WsdProcessor.apply = apply
 
+        from vllm_align_spec.processors.asap import AsapProcessor
+
+        drawn = AsapProcessor.apply
+
+        def apply_asap(self, rows):
+            if (self._attempt["seed"][rows.entry_np] == 77).any() and (rows.host().position >= 4).any():
+                raise RuntimeError("broken on purpose")
+            return drawn(self, rows)
+
+        AsapProcessor.apply = apply_asap
+
     def params(spec):
         if "grammar" in spec:
             spec["structured_outputs"] = StructuredOutputsParams(**spec.pop("grammar"))
@@ -70,6 +81,7 @@ def main() -> None:
                     {
                         "tokens": list(o.outputs[0].token_ids),
                         "finish": o.outputs[0].finish_reason,
+                        "stop": o.outputs[0].stop_reason,
                         "logprobs": [
                             {str(k): v.logprob for k, v in position.items()} for position in o.outputs[0].logprobs or []
                         ],

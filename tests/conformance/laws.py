@@ -2,7 +2,7 @@
 
 import math
 
-from wsd_engine import log_probabilities, stop_id
+from engines import log_probabilities, stop_id
 
 from vllm_align_spec.processors.wsd import switch_index
 

@@ -2,7 +2,7 @@
 
 import pytest
 from laws import assert_wsd, greedy
-from wsd_engine import DRAFTS, log_probabilities, prompts
+from engines import DRAFTS, log_probabilities, prompts
 
 RUNNERS = ["v1", "v2"]
 SLOW_ON_V2 = pytest.mark.parametrize(

@@ -1,28 +1,58 @@
-"""The Triton kernels equal the plain formulation; run under Triton's interpreter, in a process of its own."""
+"""The Triton kernels equal the plain formulation, and a GPU's compiler takes them; no test here needs a GPU."""
 
+import functools
 import os
 import subprocess
 import sys
-import textwrap
 
 import pytest
 
 pytest.importorskip("triton")
 
-CODE = """
-    import torch
+import torch
+import triton
+
+INF = float("inf")
+DRAW = (
+    "logits index unmasked inverse_temperature uniform draft ends only_ends no_ends offsets child child_log_c"
+).split()
+
+
+def in_a_process(*, interpreted):
+    """Triton reads TRITON_INTERPRET while it is imported: a test that needs a value has a process of its own."""
+
+    def decorate(check):
+        @functools.wraps(check)
+        def test():
+            out = subprocess.run(
+                [sys.executable, __file__, check.__name__],
+                capture_output=True,
+                text=True,
+                env={**os.environ, "TRITON_INTERPRET": "1" if interpreted else "0"},
+            )
+            assert out.returncode == 0, out.stderr[-4000:]
+            assert out.stdout.strip() == "passed"
+
+        return test
+
+    return decorate
+
+
+@in_a_process(interpreted=True)
+def test_kernels_equal_the_plain_formulation():
     from vllm_align_spec.processors import kernels, rows
 
     torch.manual_seed(0)
     for V in (7, 4096, 5000):
         logits = torch.randn(9, V) * 5
-        logits[2, : V // 2] = float("-inf")
-        logits[3, 1] = float("-inf")
+        logits[2, : V // 2] = -INF
+        logits[3, 1] = -INF
         index = torch.tensor([[0, 1, 2], [3, 4, 4], [8, 7, 6]])
         tokens = torch.tensor([[0, V - 1, 3], [1, 2, -1], [5, 5, 5]])
         expected = rows.token_logprobs(logits, index, tokens)
         torch.testing.assert_close(kernels.token_logprobs(logits, index, tokens), expected, rtol=1e-5, atol=1e-5)
-        assert expected[1, 0] == float("-inf") and expected[1, 2] == float("-inf")
+        assert expected[1, 0] == -INF
+        assert expected[1, 2] == -INF
 
         where = torch.tensor([[True, False, True], [False, True, False], [False, False, True]])
         a, b = logits.clone(), logits.clone()
@@ -32,15 +62,272 @@ CODE = """
         untouched = [1, 3, 5, 7, 8]
         assert torch.equal(a[untouched], logits[untouched])
         assert (a[0] == 0).nonzero().tolist() == [[0]]
-    print("equal")
-"""
 
 
-def test_kernels_equal_the_plain_formulation():
-    out = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(CODE)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert out.stdout.strip() == "equal", out.stderr[-2000:]
+@in_a_process(interpreted=True)
+def test_row_logsumexp_equals_torch():
+    from vllm_align_spec.processors import kernels, rows
+
+    torch.manual_seed(0)
+    for V in (7, 4096, 9000):
+        logits = torch.randn(5, V) * 5
+        logits[1, : V - 2] = -INF
+        logits[2, 1:] = -INF
+        logits[3] = -INF
+        line = torch.tensor([4, 0, 1, 2, 3, 0])
+        scale = torch.tensor([1.0, 0.5, 3.0, 0.1, 1.0, 8.0])
+        expected = (logits[line].double() * scale[:, None]).logsumexp(-1).float()
+        found = kernels.row_logsumexp(logits, line, scale)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(rows.row_logsumexp(logits, line, scale), expected, rtol=1e-5, atol=1e-5)
+        assert found[4] == -INF
+
+
+def random_step(vocab_size):
+    """Arguments of `asap.draw`: masks, ends, temperatures, drafts and children of all kinds, lines that are shared."""
+    s, width, lines = 4, 4, 9
+    logits = 4 * torch.randn(lines, vocab_size)
+    inverse_temperature = torch.tensor([1.0, 0.4, 3.0, 1.7], dtype=torch.float64)
+    # request 1 has one row and repeats it; requests 2 and 3 read the same lines with different children
+    index = torch.tensor([[0, 1, 2, 3], [4, 4, 4, 4], [5, 6, 7, 8], [8, 7, 6, 5]])
+    unmasked = (logits[index].double() * inverse_temperature[:, None, None]).logsumexp(-1)
+    for line, share in enumerate((1.0, 0.5, 0.1, 0.0, 0.5, 0.9, 1.0, 0.02, 0.5)):
+        logits[line, torch.rand(vocab_size) >= share] = -INF
+    logits[2, vocab_size - vocab_size // 3 :] = -INF
+    if torch.rand(()) < 0.5:
+        unmasked = unmasked.float()
+    ends = torch.tensor([[2, -1, -1], [vocab_size - 1, 0, 3], [-1, -1, -1], [1, 4, vocab_size // 2]])
+    flags = torch.randint(4, (s, width))
+    children = []
+    for i in range(s * width):
+        legal = torch.nonzero(logits[index.reshape(-1)[i]] > -INF)[:, 0]
+        number = (0, 0, 1, 3, vocab_size // 2, vocab_size)[int(torch.randint(6, ()))]
+        if number < vocab_size:
+            children.append(torch.randperm(vocab_size)[:number])
+        else:
+            children.append(legal[torch.randperm(len(legal))])
+    children[5:8] = [children[5][:0]] * 3  # repeated rows bring no children
+    child = torch.cat(children)
+    child_log_c = -torch.rand(len(child), dtype=torch.float64) * 4
+    child_log_c[torch.rand(len(child)) < 0.2] = -INF
+    child_log_c[torch.rand(len(child)) < 0.2] = 0.0
+    return {
+        "logits": logits,
+        "index": index,
+        "unmasked": unmasked,
+        "inverse_temperature": inverse_temperature,
+        "uniform": torch.rand(s, width, dtype=torch.float64),
+        "draft": torch.randint(-1, vocab_size, (s, width)),
+        "ends": ends,
+        "only_ends": flags == 1,
+        "no_ends": flags == 2,
+        "offsets": torch.tensor([0, *(len(c) for c in children)]).cumsum(0),
+        "child": child,
+        "child_log_c": child_log_c,
+    }
+
+
+def law(step):
+    """[S * L, V] float64 each: log P of the legal tokens, log h. Written out, token by token."""
+    s, width = step["index"].shape
+    vocab_size = step["logits"].shape[1]
+    log_p = torch.full((s * width, vocab_size), -INF, dtype=torch.float64)
+    log_h = torch.zeros_like(log_p)
+    for i in range(s * width):
+        at = i // width, i % width
+        ends = set(step["ends"][at[0]].tolist())
+        for a in range(vocab_size):
+            if (a not in ends and step["only_ends"][at]) or (a in ends and step["no_ends"][at]):
+                continue
+            logit = step["logits"][step["index"][at], a].double()
+            log_p[i, a] = logit * step["inverse_temperature"][at[0]] - step["unmasked"][at]
+        mine = slice(step["offsets"][i], step["offsets"][i + 1])
+        log_h[i, step["child"][mine]] = step["child_log_c"][mine]
+    return log_p, log_h
+
+
+def check_draw(step):
+    """The kernels say what `asap.draw` says of a step on the CPU, up to the token, which has to be a legal one."""
+    from vllm_align_spec.processors import asap, kernels
+
+    before = step["logits"].clone()
+    found = asap.Drawn(*kernels.asap_draw(*(step[name] for name in DRAW)))
+    assert torch.equal(step["logits"], before)
+    expected = asap.draw(*(step[name] for name in DRAW))
+    for name, value in vars(found).items():
+        assert value.shape == step["index"].shape, name
+        assert not value.isnan().any(), name
+    for name in ("log_h", "log_unvisited", "draft_log_p"):
+        torch.testing.assert_close(
+            getattr(found, name).double(),
+            getattr(expected, name),
+            rtol=1e-4,
+            atol=1e-4,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+    assert found.token.dtype == torch.int64
+    token = found.token.reshape(-1, 1)
+    assert ((token >= 0) & (token < before.shape[1])).all()
+    alive = expected.log_h.reshape(-1) > -INF
+    log_p, log_h = (x.gather(1, token)[alive, 0] for x in law(step))
+    assert (log_p + log_h > -INF).all()
+    torch.testing.assert_close(found.token_log_p.reshape(-1)[alive].double(), log_p, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.token_log_h.reshape(-1)[alive].double(), log_h, rtol=0, atol=0)
+    return found
+
+
+@in_a_process(interpreted=True)
+def test_asap_draw_equals_the_cpu_path_on_random_rows():
+    from vllm_align_spec.processors import kernels
+
+    torch.manual_seed(0)
+    dead = 0
+    # smaller than a block, one block, several and a rest, the block size that is used, no rest
+    for vocab_size, block, times in ((23, 64, 3), (64, 64, 2), (201, 32, 4), (4500, 4096, 1), (256, 64, 2)):
+        kernels._BLOCK, kernels._CHILDREN = block, max(block // 8, 8)
+        for turn in range(times):
+            step = random_step(vocab_size)
+            if turn == 1:
+                step["uniform"][:, ::2] = 2.0**-54
+                step["uniform"][:, 1::2] = 1 - 2.0**-53
+            found = check_draw(step)
+            dead += int((found.log_h == -INF).sum())
+    assert dead > 8  # they were among the rows
+
+
+@in_a_process(interpreted=True)
+def test_asap_draw_leaves_out_visited_children_exactly():
+    from vllm_align_spec.processors import kernels
+
+    kernels._BLOCK = 32
+    vocab_size = 100
+    logits = torch.zeros(1, vocab_size)
+    logits[0, 40] = 60.0  # all but e^-55 of the mass
+    logits[0, 90:] = -INF
+    rows = 4
+    children = [[40], list(range(90)), [], [c for c in range(90) if c != 40]]
+    step = {
+        "logits": logits,
+        "index": torch.zeros(2, 2, dtype=torch.int64),
+        "unmasked": logits.logsumexp(1).expand(2, 2),
+        "inverse_temperature": torch.ones(2, dtype=torch.float64),
+        "uniform": torch.full((2, 2), 1 - 2.0**-53, dtype=torch.float64),
+        "draft": torch.tensor([[40, 95], [-1, 3]]),
+        "ends": torch.full((2, 1), -1),
+        "only_ends": torch.zeros(2, 2, dtype=torch.bool),
+        "no_ends": torch.zeros(2, 2, dtype=torch.bool),
+        "offsets": torch.tensor([0, *map(len, children)]).cumsum(0),
+        "child": torch.tensor(sum(children, [])),
+        "child_log_c": torch.cat([torch.zeros(1), torch.full((90,), -INF), torch.zeros(89)]).double(),
+    }
+    found = check_draw(step)
+    assert abs(float(found.log_unvisited[0, 0]) - (torch.tensor(89.0).log() - 60)) < 1e-4
+    assert found.log_unvisited[0, 1] == found.log_h[0, 1] == -INF
+    # The child is as good as unreachable (h = e^-200), but nothing else is legal.
+    step["child"] = torch.tensor([7] * rows)
+    step["child_log_c"] = torch.full((rows,), -200.0, dtype=torch.float64)
+    step["offsets"] = torch.arange(rows + 1)
+    step["ends"][:] = 7
+    step["only_ends"][:] = True
+    found = check_draw(step)
+    assert (found.token == 7).all()
+    assert torch.allclose(found.log_h.double(), torch.full((2, 2), -260.0).double(), atol=1e-3)
+
+
+@in_a_process(interpreted=True)
+def test_asap_draw_takes_a_row_of_minus_infinity_alone():
+    from vllm_align_spec.processors import kernels
+
+    step = random_step(50)
+    step["logits"][:] = -INF
+    step["unmasked"][:] = -INF  # nothing was masked: the model's own row is empty
+    for value in kernels.asap_draw(*(step[name] for name in DRAW)):
+        assert not value.isnan().any()
+    log_h, log_unvisited, *_, draft_log_p = kernels.asap_draw(*(step[name] for name in DRAW))
+    assert ((log_h == -INF) & (log_unvisited == -INF) & (draft_log_p == -INF)).all()
+
+
+@in_a_process(interpreted=True)
+def test_asap_draw_takes_a_step_without_children():
+    step = random_step(50)
+    step["offsets"] = torch.zeros_like(step["offsets"])
+    step["child"], step["child_log_c"] = step["child"][:0], step["child_log_c"][:0]
+    found = check_draw(step)
+    assert torch.equal(found.log_h, found.log_unvisited)
+
+
+@in_a_process(interpreted=True)
+def test_asap_draw_follows_its_law_on_a_grid_of_uniform_numbers():
+    from vllm_align_spec.processors import kernels
+
+    torch.manual_seed(1)
+    kernels._BLOCK, kernels._CHILDREN = 16, 4
+    vocab_size, n = 40, 300
+    for children in (0, 1, 11, 40):
+        logits = 1.5 * torch.randn(1, vocab_size)
+        logits[0, torch.randperm(vocab_size)[:9]] = -INF
+        child = torch.randperm(vocab_size)[:children]
+        step = {
+            "logits": logits,
+            "index": torch.zeros(1, n, dtype=torch.int64),
+            "unmasked": (2 * logits).logsumexp(1).expand(1, n) + 0.5,
+            "inverse_temperature": torch.full((1,), 2.0, dtype=torch.float64),
+            "uniform": ((torch.arange(n, dtype=torch.float64) + 0.5) / n)[None],
+            "draft": torch.full((1, n), -1),
+            "ends": torch.tensor([[1, 5, -1]]),
+            "only_ends": torch.zeros(1, n, dtype=torch.bool),
+            "no_ends": torch.full((1, n), children == 11),
+            "offsets": children * torch.arange(n + 1),
+            "child": child.repeat(n),
+            "child_log_c": -torch.rand(children, dtype=torch.float64).repeat(n),
+        }
+        token = kernels.asap_draw(*(step[name] for name in DRAW))[2]
+        one = {name: step[name][:, :1] for name in ("index", "unmasked", "only_ends", "no_ends")}
+        log_p, log_h = law(step | one)
+        expected = n * (log_p + log_h)[0].softmax(0)
+        # A token's share of (0, 1) is one interval, so that the grid counts it to within one.
+        assert ((token[0].bincount(minlength=vocab_size) - expected).abs() < 1.01).all(), children
+
+
+TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8"}
+
+
+class Compiles:
+    """Stands in for a kernel: compiles it for a GPU with the types it is called with, and runs nothing."""
+
+    def __init__(self, kernel):
+        self.kernel, self.times = kernel, 0
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *arguments, **constants):
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        types = [TYPES[a.dtype] if isinstance(a, torch.Tensor) else "i32" for a in arguments]
+        signature = dict(zip(self.kernel.arg_names, types + ["constexpr"] * len(constants), strict=True))
+        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants)
+        assert triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]
+        self.times += 1
+
+
+@in_a_process(interpreted=False)
+def test_a_gpus_compiler_takes_every_kernel_as_it_is_called():
+    from vllm_align_spec.processors import kernels
+
+    found = [name for name in vars(kernels) if name.endswith("_kernel")]
+    assert len(found) == 6
+    for name in found:
+        setattr(kernels, name, Compiles(getattr(kernels, name)))
+    step = random_step(5000)
+    kernels.asap_draw(*(step[name] for name in DRAW))
+    kernels.token_logprobs(step["logits"], step["index"], step["draft"])
+    kernels.row_logsumexp(step["logits"], step["index"], step["unmasked"].float())
+    kernels.force(step["logits"], step["index"], step["only_ends"], step["draft"])
+    assert all(getattr(kernels, name).times == 1 for name in found)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]].__wrapped__()
+    print("passed")

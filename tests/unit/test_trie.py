@@ -270,8 +270,8 @@ def test_a_child_that_takes_all_leaves_a_trillionth():
 def test_rows_whose_parent_is_unknown_get_no_node_and_missing_nodes_answer_with_nothing():
     tries = Tries(100 * BYTES_PER_NODE)
     trie = tries.open(b"one")
-    # No root yet: a token without a parent, and behind it a chain; then a row that names a later row.
-    nodes = tries.record([trie] * 3, [-1] * 3, [-1, 0, 2], [-1] * 3, [4, 5, 6], [-1.0] * 3, [0.0] * 3)
+    # No root yet: a token without a parent, and behind it a row with a token and one without.
+    nodes = tries.record([trie] * 3, [-1] * 3, [-1, 0, 0], [-1] * 3, [4, 5, -1], [-1.0] * 3, [0.0] * 3)
     assert nodes.tolist() == [-1, -1, -1]
     assert tries.record([-1], [-1], [-1], [-1], [-1], [0.0], [0.0]).tolist() == [-1]
     assert tries.nodes_used == 0
@@ -411,6 +411,10 @@ def test_under_constant_eviction_every_trie_stays_whole_and_every_node_is_accoun
         assert sum(map(len, bounds)) == tries.nodes_used <= tries.capacity
         for prefix, (_, _, log_c) in (item for bound in bounds for item in bound.items()):
             assert log_c >= world.log_c(prefix) - ROUNDING
+    for trie in held:
+        tries.release(trie)
+    filled(tries, b"last", tries.capacity)
+    assert tries.nodes_used == tries.nodes(tries.open(b"last")) == tries.capacity
 
 
 def test_the_table_is_bounded_and_empty_tries_leave_it_first(monkeypatch):
@@ -428,7 +432,7 @@ def test_the_table_is_bounded_and_empty_tries_leave_it_first(monkeypatch):
     assert tries.nodes_used == 0
     assert tries.evictions == 1
     tries.retain(a)
-    assert tries.open(b"f") == -1
+    assert tries.open(b"f") == tries.open(b"b") == -1
     tries.retain(-1)
     tries.release(-1)
     tries.release(a)
@@ -682,7 +686,7 @@ def test_after_the_warm_up_nothing_is_left_to_compile(tmp_path, monkeypatch):
     few = Tries(9 * BYTES_PER_NODE)
     few.load(tmp_path / "f", HEADER)
     for i, rows in product(range(5), (1, 7)):
-        frozen = np.broadcast_to(np.float32(-1.0), rows)
+        frozen = np.broadcast_to(-1.0, rows)
         trie = few.open(bytes([i]))
         few.record(np.full(rows, trie, np.int32), *[[-1] * rows] * 4, frozen, frozen)
     assert few.evictions

@@ -243,9 +243,7 @@ def _record(
     for i in range(rows):
         if out[i] >= 0 or trie[i] < 0:
             continue
-        u = parent[i]
-        if parent_row[i] >= 0:
-            u = out[parent_row[i]] if parent_row[i] < i else -1
+        u = out[parent_row[i]] if parent_row[i] >= 0 else parent[i]
         if (u < 0 and parent_row[i] >= 0) or (u < 0) != (token[i] < 0):
             continue
         made = tries[trie[i]].root if u < 0 else _find(nodes, u, token[i])

@@ -1,5 +1,6 @@
 """Engines, one a configuration, and references computed by transformers."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -20,8 +21,9 @@ HERE = Path(__file__).parent
 class Engine:
     """A client of `engine_process`."""
 
-    def __init__(self, runner, env=None, **config):
+    def __init__(self, runner, env=None, end_id=2, control_ids=(6, 7, 8), **config):
         self.runner = runner
+        self.end_id, self.control_ids = end_id, control_ids
         settings = {
             "runner": runner,
             "model": str(lab.model_path("base")),
@@ -75,7 +77,7 @@ class Engine:
         return self._ask(patches=True)
 
     def generate(self, requests):
-        """Runs requests in one batch. WSD requests are prepared as admission prepares them."""
+        """Runs requests in one batch. Those of a method are prepared as admission and strategy prepare them."""
         return self.collect(self.start(requests), requests)
 
     def start(self, requests):
@@ -97,15 +99,33 @@ class Engine:
                     "align_spec_stop_ids": [stop_id()],
                 }
                 prompt = prompt[:-1]
+            if "asap" in request:
+                request["id"] = uuid.uuid4().hex
+                spec["ignore_eos"] = False
+                spec["stop_token_ids"] = list(self.control_ids)
+                spec["extra_args"] = {
+                    "align_spec_trie": hashlib.sha256(str(request.get("trie", "one")).encode()).hexdigest(),
+                    "align_spec_seed": request["seed"],
+                    "align_spec_length": spec["max_tokens"],
+                    "align_spec_min_tokens": 0,
+                    "align_spec_temperature": spec["temperature"],
+                    "align_spec_stop_ids": [self.end_id],
+                    "align_spec_control_ids": list(self.control_ids),
+                    "align_spec_id": request["id"],
+                    "asap": request["asap"],
+                    **request.get("arguments", {}),
+                }
             prompts.append(prompt)
             params.append(spec)
         return self._ask(prompts=prompts, params=params)
 
     def collect(self, outputs, requests):
         assert isinstance(outputs, list), outputs
-        ids = [r["id"] for r in requests if "wsd" in r]
+        ids = [r["id"] for r in requests if "id" in r]
         reports = self._ask(reports=ids) if ids else {}
         for request, output in zip(requests, outputs, strict=True):
+            if "asap" in request:
+                output["report"] = reports[request["id"]]
             if "wsd" in request:
                 assert output["tokens"][0] == request["prompt"][-1], "the held-back prompt token comes first"
                 output["tokens"] = output["tokens"][1:]

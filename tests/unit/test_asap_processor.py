@@ -1,0 +1,6 @@
+"""tmp"""
+from asap_laws import AsapLaws
+
+
+class TestOnTheCpu(AsapLaws):
+    pass
