@@ -4,6 +4,7 @@ from vllm_align_spec.patches import (
     Patch,
     chat_messages,
     cpu_expand,
+    cpu_padding,
     cpu_top_k,
     front_end,
     grammar_control,
@@ -37,4 +38,6 @@ LEDGER: tuple[Patch, ...] = (
     v2_truncation.PATCH,
     cpu_expand.PATCH,
     cpu_top_k.PATCH,
+    cpu_padding.RANDOM,
+    cpu_padding.RECOVERED,
 )

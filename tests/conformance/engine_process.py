@@ -50,7 +50,7 @@ def main() -> None:
         drawn = AsapProcessor.apply
 
         def apply_asap(self, rows):
-            if (self._attempt["seed"][rows.entry_np] == 77).any() and (rows.host().position >= 4).any():
+            if (self._attempt["seed"][rows.entry_np] == 77).any() and (rows.host().position >= 2).any():
                 raise RuntimeError("broken on purpose")
             return drawn(self, rows)
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from vllm_align_spec.options import AsapEngineOptions, EngineOptions
 from vllm_align_spec.processors import asap
 from vllm_align_spec.processors.asap import MODES, AsapProcessor, uniforms
-from vllm_align_spec.processors.rows import Control, Layout, Rows, force, row_logsumexp
+from vllm_align_spec.processors.rows import Control, Layout, Rows, row_logsumexp
 
 INF = math.inf
 # The rows' normalisers are float32, so log P is known to about 1e-6; a coin or a uniform closer than this to where
@@ -48,7 +48,8 @@ class World:
         self.ends = list(range(tokens, tokens + ends))
         self.control = torch.arange(tokens + ends, tokens + ends + len(Control))
         self.vocab = tokens + ends + len(Control)
-        self.told = f"{type(self).__name__}({seed}, {tokens=}, {ends=}, {bigram=}, {deep=}, {length=}, {shortest=}, {temperature=})"
+        self.told = f"{type(self).__name__}({seed!r}, {tokens=}, {ends=}, {bigram=}, {deep=}, {length=}, {shortest=}, "
+        self.told += f"{temperature=})"
 
     def __repr__(self):
         return self.told
@@ -171,7 +172,7 @@ class World:
 
 
 class Written(World):
-    """A world whose grammar is a given set of token strings, end tokens left out.
+    """A world in which all tokens are equally likely and the grammar is a set of token strings, end tokens left out.
 
     Args:
         language: what may be said.
@@ -182,6 +183,9 @@ class Written(World):
         super().__init__(seed, **arguments)
         self.accepted = set(language)
         self.prefixes = {s[:i] for s in (*language, *blind) for i in range(len(s) + 1)}
+
+    def z(self, prefix):
+        return [0.0] * self.vocab
 
     def allows(self, prefix, token):
         return (*prefix, token) in self.prefixes
@@ -256,6 +260,9 @@ class Feed:
 
     lane: Lane
     drafts: tuple[int, ...] | None = ()
+    late: int | None = None
+    """For an attempt that has ended: with asynchronous scheduling, vLLM computes one more step before it knows. Its
+    first row stands this many tokens further on: 1 where a draft that was an end token was accepted."""
 
 
 class Engine:
@@ -278,7 +285,7 @@ class Engine:
         )
         layout = layout or Layout(self.device, entries, rows, world.vocab, options)
         self.processor = processor(layout)
-        self.bounded = max_nodes is not None
+        self.all_noted = self.roomy = max_nodes is None
         self.rng = random.Random(f"{seed} engine")
         self.control = world.control.to(self.device)
         self.free = list(range(entries))
@@ -343,13 +350,14 @@ class Engine:
             lane, drafts = feed.lane, feed.drafts
             own = lines[place : place + n]
             place += n
+            beyond = (0,) * ((feed.late or 0) + (lane.ended not in (None, "completed")))  # a control id has its place
             for r, line in enumerate(own):
-                prefixes[line] = lane.out + (drafts or ())[:r]
+                prefixes[line] = lane.out + beyond + (drafts or ())[:r]
             index.append(own + [own[-1]] * (width - n))
             unmasked.append([world.row(prefixes[line])[1] for line in index[-1]])
             kept.append(0 if drafts is None else n)
             # A prefill that is not finished stands somewhere before the last token it knows.
-            position.append(lane.prompt + len(lane.out) - (1 if drafts is not None else 3))
+            position.append(lane.prompt + len(lane.out + beyond) - (1 if drafts is not None else 3))
             draft.append([*(drafts or ()), *[-1] * (width - n + 1)])
         zeros = torch.zeros(world.vocab)
         logits = torch.stack([zeros if p is None else world.row(p)[0] for p in prefixes]).to(self.device)
@@ -374,9 +382,12 @@ class Engine:
             foreign = torch.tensor(lines[place:], dtype=torch.int64, device=self.device)
             assert torch.equal(logits[foreign], untouched[foreign])
             for s, feed in enumerate(feeds):
+                if feed.late is not None:
+                    continue
                 self._check(s, feed, tokens[s], logits[rows.index[s]], untouched[rows.index[s]], seen)
+            self._sweep_coins(seen)
         for s, feed in enumerate(feeds):
-            if feed.drafts is not None:
+            if feed.drafts is not None and feed.late is None:
                 self._advance(feed, tokens[s])
 
     def _advance(self, feed, tokens):
@@ -428,6 +439,10 @@ class Engine:
         _, _, drawn = seen["draw"]
         _, _, (alive, log_rho, _) = seen["survives"]
         log_c = seen["log_c"][lane.key]
+        if lane.out and not self.roomy and self.processor._place["parent"][lane.entry] < 0:
+            # There was no room for the row before, so the attempt does not find what others have noted since.
+            log_c = {}
+        seen["view"] = log_c
         lane.note()
         n = len(feed.drafts) + 1
         for r in range(n):
@@ -461,7 +476,9 @@ class Engine:
             if not dies:
                 token = int(drawn.token[s, r])
                 cdf = np.exp(log_q).cumsum()
-                assert cdf[token] - math.exp(log_q[token]) - NEAR <= u <= cdf[token] + NEAR, "not the token of its uniform"
+                assert cdf[token] - math.exp(log_q[token]) - NEAR <= u <= cdf[token] + NEAR, (
+                    "not the token of its uniform"
+                )
                 self._close(drawn.token_log_p[s, r], log_p[token])
                 assert abs(float(drawn.token_log_h[s, r]) - log_h_of[token]) < 1e-12
             if lane.mode == "exact" and not dies and used > -INF:
@@ -488,10 +505,10 @@ class Engine:
 
         rho * q(a) * h_used = P(a|u) h(ua) at each row that stands behind legal drafts.
         """
-        world, log_c, delta = self.world, seen["log_c"][lane.key], 1e-9
+        world, log_c, delta = self.world, seen["view"], 1e-9
         lane_before = dict(zip(Lane.BELIEFS, lane.before, strict=True))
         inner, given, _ = seen["draw"]
-        logits, index, unmasked, inverse, _, draft, ends, only, no, offsets, child, child_log_c = given
+        _, index, unmasked, inverse, _, draft, ends, only, no, offsets, child, child_log_c = given
         prefix, used = lane_before["out"], lane_before["log_used"]
         width = index.shape[1]
         for r in range(len(feed.drafts) + 1):
@@ -508,35 +525,32 @@ class Engine:
                 def spread(t, at, k=k):
                     return t[at].reshape(1, -1).repeat(k, 1)
 
+                ranges = torch.arange(k + 1, device=self.device) * m
                 found = inner(
                     logits_before(world, prefix, self.device), torch.zeros(k, 1, dtype=torch.int64, device=self.device),
                     spread(unmasked, (s, r)), spread(inverse, s)[:, 0], torch.tensor(u, device=self.device)[:, None],
                     spread(draft, (s, r)), ends[s].expand(k, -1), spread(only, (s, r)), spread(no, (s, r)),
-                    torch.arange(0, m * k + 1, max(m, 1), device=self.device)[: k + 1] if m else offsets.new_zeros(k + 1),
-                    child[of_row].repeat(k), child_log_c[of_row].repeat(k),
+                    ranges, child[of_row].repeat(k), child_log_c[of_row].repeat(k),
                 )  # fmt: skip
                 assert found.token[:, 0].tolist() == [a for a in wide for _ in range(2)]
                 if prefix and used > -INF:
                     _, _, (_, log_rho, _) = seen["survives"]
                     rho, p = math.exp(float(log_rho[s, r])), np.exp(world.log_p(prefix))
                     assert np.abs(rho * q * math.exp(used) - p * np.exp(log_h_of)).max() < 1e-6
-                    _, _, log_bank, _ = seen["survives"][1][1:]
-                    bank = float(log_bank[s])
-                    if r == 0 and lane.mode == "exact":
-                        self._sweep_coin(bank + float(log_rho[s, r]), bank, log_h, used)
             d = feed.drafts[r] if r < len(feed.drafts) else -1
             if d < 0 or not world.legal(prefix)[d] or d in world.ends:
                 return
             prefix, used = (*prefix, d), log_c.get((*prefix, d), 0.0)
 
-    def _sweep_coin(self, threshold, bank, log_h, used):
+    @staticmethod
+    def _sweep_coins(seen):
+        """A row survives up to m rho, neither sooner nor later."""
+        inner, (log_h, log_used, first, log_bank, _), (_, log_rho, banks) = seen["survives"]
+        threshold = torch.cat([log_bank[:, None], banks[:, :-1]], 1) + log_rho
+        counts = threshold.isfinite()
         for step, lives in ((-1e-9, True), (1e-9, False)):
-            coin = torch.tensor([[threshold + step]], dtype=torch.float64)
-            alive, _, _ = asap.survives(
-                torch.tensor([[log_h]], dtype=torch.float64), torch.tensor([[log_h - threshold + bank]]).double(),
-                torch.tensor([False]), torch.tensor([bank], dtype=torch.float64), coin,
-            )  # fmt: skip
-            assert bool(alive[0, 0]) == lives
+            alive, _, _ = inner(log_h, log_used, first, log_bank, threshold + step)
+            assert (alive[counts] == lives).all()
 
     # The tries --------------------------------------------------------------------------------------------------
 
@@ -547,7 +561,8 @@ class Engine:
             self.seen_evictions, self.seen_log_c = evictions, {}
         for key, expected in self.expected.items():
             found = {u: node[2] for u, node in snapshot(self.processor, key).items()}
-            assert found.keys() == expected if not self.bounded else found.keys() <= expected
+            assert found.keys() <= expected
+            assert found.keys() == expected or not self.all_noted
             for u in sorted(found, key=len, reverse=True):
                 assert found[u] >= self.world.log_c(u) - NEAR, f"c~{u} is below c"
                 assert found[u] <= self.seen_log_c.get((key, u), 0.0), f"c~{u} rose"
@@ -624,7 +639,7 @@ def simulate(engine, *, lanes, steps, modes, drafts, take_back=0.0, abandon=0.0,
             live.append(engine.launch(rng.choice(modes), rng.randrange(2**63), key, prompt=rng.randint(3, 9)))
         calls = [[] for _ in range(chunks)]
         for lane in live:
-            if rng.random() < 0.6:
+            if lane.ended is None and rng.random() < 0.6:
                 unfinished = rng.random() < 0.1
                 drafted = None if unfinished else make_drafts(engine, lane, rng.choice(drafts))
                 rng.choice(calls).append(Feed(lane, drafted))
@@ -638,6 +653,7 @@ def simulate(engine, *, lanes, steps, modes, drafts, take_back=0.0, abandon=0.0,
             elif lane.ended is None and rng.random() < abandon:
                 engine.processor.abandon(lane.entry)
                 lane.doomed = True
+                engine.all_noted = False  # its latest step is not taken in any more
         for lane in [lane for lane in live if lane.ended is not None]:
             if rng.random() < 0.7:
                 live.remove(lane)
@@ -647,7 +663,7 @@ def simulate(engine, *, lanes, steps, modes, drafts, take_back=0.0, abandon=0.0,
 
 SEEDS = st.integers(0, 2**32)
 TEMPERATURES = st.sampled_from([0.6, 1.0, 1.7])
-some = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.differing_executors])
+some = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.differing_executors])
 
 
 @st.composite
@@ -709,9 +725,8 @@ class AsapLaws:
                 assert np.allclose(np.exp(row.log_q), np.exp(masked - lse(masked)), atol=1e-9)
                 assert row.log_used == 0.0
         if lane.ended == "completed":
-            mask_alone = world.next_law({})[lane.out]
-            assert mask_alone == np.float64(mask_alone)
-            assert math.isclose(math.exp(sum(r.log_q[a] for r, a in zip(engine.trace, lane.out, strict=True))), mask_alone)
+            log_q = sum(row.log_q[a] for row, a in zip(engine.trace, lane.out, strict=True))
+            assert math.isclose(math.exp(log_q), world.next_law({})[lane.out])
 
     @some
     @given(world=worlds(), seed=SEEDS, mode=st.sampled_from(MODES))
@@ -804,6 +819,33 @@ class AsapLaws:
         engine.step([Feed(lane)])
         assert lane.ended == "FAILED"
         assert engine.check_report(lane)["log_v"] is None
+
+    @some
+    @given(world=worlds(), seed=SEEDS, mode=st.sampled_from(MODES), drafted=st.booleans(), late=st.integers(0, 1))
+    def test_the_step_that_is_computed_behind_an_end_changes_nothing(self, world, seed, mode, drafted, late):
+        """Asynchronous scheduling: vLLM drops what comes of it, and so must the trie, the weight and the state."""
+        plain, asynchronous = self.engine(world, seed=seed), self.engine(world, seed=seed)
+        lane, again = plain.drive(plain.launch(mode, seed)), asynchronous.drive(asynchronous.launch(mode, seed))
+        beyond = late if again.ended == "completed" else 0  # no draft is a control id
+        asynchronous.step([Feed(again, (0, 0) if drafted else (), late=beyond)])
+        assert_same_result(asynchronous.check_report(again), plain.check_report(lane))
+        assert_same_snapshot(snapshot(asynchronous.processor, KEY), snapshot(plain.processor, KEY))
+
+    @some
+    @given(world=worlds(), seed=SEEDS, mode=st.sampled_from(MODES), lengths=st.integers(1, 3))
+    def test_an_entry_starts_anew_whatever_its_last_request_left_behind(self, world, seed, mode, lengths):
+        """The facade gives an entry away while what its last request saw is still on its way."""
+        fresh, used = self.engine(world, seed=seed), self.engine(world, seed=seed)
+        lane = fresh.drive(fresh.launch(mode, seed))
+        old = used.launch("exact", seed + 1, OTHER_KEY)
+        for _ in range(lengths):
+            if old.ended is None:
+                used.step([Feed(old)])
+        used.free.insert(0, old.entry)
+        again = used.drive(used.launch(mode, seed))
+        assert (again.out, again.ended) == (lane.out, lane.ended)
+        assert_same_result(used.check_report(again), fresh.check_report(lane))
+        assert_same_snapshot(snapshot(used.processor, KEY), snapshot(fresh.processor, KEY))
 
 
 def assert_same_result(found, wanted):

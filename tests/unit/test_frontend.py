@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
+from vllm.config import StructuredOutputsConfig
 from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMValidationError
 from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput, RequestOutput
@@ -47,7 +48,7 @@ class StandIn:
             additional_config={"align_spec": additional or {}},
             model_config=self.model_config,
             speculative_config=config,
-            structured_outputs_config=None,
+            structured_outputs_config=StructuredOutputsConfig(),
             parallel_config=SimpleNamespace(enable_batch_sharded_sampling=False),
         )
         self.renderer = SimpleNamespace(
@@ -281,7 +282,7 @@ class Words:
         if self.error:
             raise self.error
 
-    async def generate(self, prompt, *, max_tokens, min_tokens, arguments=None):
+    async def generate(self, prompt, *, max_tokens, min_tokens, arguments=None, seed=None):
         assert arguments is None, "the base model's part is an ordinary request"
         self.continued = (list(prompt), max_tokens, min_tokens)
         yield Chunk([7] * max_tokens, None, "length")
@@ -387,7 +388,7 @@ def test_a_text_behind_a_prompt_is_encoded_so_that_it_reads_the_same(prompt, tex
 
 
 def test_shared_wsd_warns_of_a_drafter_that_is_no_model_of_its_own(caplog):
-    facts = EngineFacts("eagle", "greedy", "standard", True, False, True, False)
+    facts = EngineFacts("eagle", "greedy", "standard", True, False, True, False, True, False)
     request = Request((WsdOptions(wsd="shared"),), PROMPT, None, None, 10, 0, 50, (2,))
     WsdStrategy().admit(request, facts)
     WsdStrategy().admit(request, facts)
