@@ -46,9 +46,7 @@ def wrap_recovered(original: Any, hook: Callable[..., Any] | None) -> Any:
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        original(
-            output, cu_num_draft_tokens, draft.clamp(min=0), draft_probs, target_probs, inv_q, *args, **kwargs
-        )
+        original(output, cu_num_draft_tokens, draft.clamp(min=0), draft_probs, target_probs, inv_q, *args, **kwargs)
         padding = (draft < 0).nonzero()[:, 0]
         if padding.numel():
             ends = cu_num_draft_tokens.long()

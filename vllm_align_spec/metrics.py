@@ -6,6 +6,7 @@ registry, with several of them in vLLM's multi-process directory, and ``/metrics
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -45,6 +46,28 @@ class Metrics:
             "align_spec:wsd_pilot_seconds", "Time that a hand-over spent waiting for its pilot.", buckets=_SECONDS
         )
         self.wsd_pilot_errors = Counter("align_spec:wsd_pilot_errors", "Hand-overs whose pilot did not deliver.")
+        self.asap_attempts = Histogram(
+            "align_spec:asap_attempts",
+            "Attempts of a choice, accepted or not.",
+            ("mode",),
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096),
+        )
+        self.asap_failed = Counter("align_spec:asap_exhausted", "Choices without an accepted attempt.", ("mode",))
+        self.asap_mass_at_root = Histogram(
+            "align_spec:asap_mass_at_root",
+            "Bound on the probability that the model obeys the grammar, when a choice ended.",
+            buckets=(1e-9, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1),
+        )
+        self.asap_host = Histogram(
+            "align_spec:asap_host_seconds",
+            "Host time per row of a choice's attempts.",
+            buckets=(1e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3, 0.1),
+        )
+        self.asap_nodes = Gauge("align_spec:asap_nodes", "Nodes of all tries.", multiprocess_mode="mostrecent")
+        self.asap_bytes = Gauge("align_spec:asap_bytes", "Bytes of all tries.", multiprocess_mode="mostrecent")
+        self.asap_evictions = Gauge(
+            "align_spec:asap_evictions", "Tries evicted since the worker started.", multiprocess_mode="mostrecent"
+        )
         self.reports_stored = Gauge(
             "align_spec:reports_stored", "Reports that can be read now.", multiprocess_mode="livesum"
         )
@@ -55,8 +78,25 @@ class Metrics:
         """Counts one choice's report, as `strategies.base.Strategy.report` made it."""
         if report.get("reason") == "failed":
             self.method_failures.labels(report["method"]).inc()
-        if report["method"] != "wsd":
+        if report["method"] == "wsd":
+            self._observe_wsd(report)
+        elif report["method"] == "asap":
+            self._observe_asap(report)
+
+    def _observe_asap(self, report: Mapping[str, Any]) -> None:
+        self.asap_attempts.labels(report["mode"]).observe(report["attempts"])
+        if report["outcome"] != "cancelled" and not report["acceptance"]:
+            self.asap_failed.labels(report["mode"]).inc()
+        if (store := report["store"]) is None:
             return
+        mass = report["log_mass_at_root"]
+        self.asap_mass_at_root.observe(0.0 if mass is None else math.exp(mass))
+        self.asap_host.observe(report["host_ms"] / 1e3 / max(report["rows"], 1))
+        self.asap_nodes.set(store["nodes"])
+        self.asap_bytes.set(store["bytes"])
+        self.asap_evictions.set(store["evictions"])
+
+    def _observe_wsd(self, report: Mapping[str, Any]) -> None:
         if report["reason"] is not None:
             self.wsd_switch.labels(report["reason"], report["mode"]).inc()
             self.wsd_opening_tokens.observe(report["draft_tokens_kept"])

@@ -69,6 +69,10 @@ class AsapEngineOptions(_Tree):
     max_bytes: int = Field(
         256 * 2**20, ge=2**16, le=2**40, description="Most memory that the tries of one worker take, in bytes."
     )
+    warm_up: bool = Field(
+        False,
+        description="Load the compiled code at start (some seconds) and not with the first request that needs it.",
+    )
     save_path: str | None = Field(
         None, description="Folder in which tries are kept from one start of the engine to the next; none by default."
     )

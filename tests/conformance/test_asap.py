@@ -244,8 +244,9 @@ def test_neighbours_are_served_as_ever(start, runner):
     plain = {"prompt": [BOS_ID, 5, 6], "params": {"max_tokens": 8}}
     masked = {
         "prompt": [BOS_ID],
-        "params": {"max_tokens": 12, "temperature": 1.0, "seed": 3, "grammar": {"grammar": GRAMMAR}, "ignore_eos": False},
-    }  # fmt: skip
+        "params": {"max_tokens": 12, "temperature": 1.0, "seed": 3, "grammar": {"grammar": GRAMMAR}},
+    }
+    masked["params"]["ignore_eos"] = False
     alone = [o["tokens"] for o in engine.generate([plain, masked])]
     mixed = engine.generate([asap("exact", 5), plain, asap("adaptive", 6), masked])
     assert [mixed[1]["tokens"], mixed[3]["tokens"]] == alone
@@ -253,9 +254,7 @@ def test_neighbours_are_served_as_ever(start, runner):
 
 def test_preempted_attempts_keep_to_the_law(start, table):
     # So few blocks of 32 tokens cannot hold what the attempts need together.
-    engine = start(
-        "v1", num_gpu_blocks_override=12, enable_prefix_caching=False, max_num_seqs=8, max_model_len=128
-    )
+    engine = start("v1", num_gpu_blocks_override=12, enable_prefix_caching=False, max_num_seqs=8, max_model_len=128)
     grammar = "root ::= [01] [01] [01] [01ab]{40,40}"
     outputs = engine.generate([asap("weighted", i, grammar=grammar, max_tokens=60, trie="preempt") for i in range(8)])
     assert all(len(o["tokens"]) == 44 for o in outputs)

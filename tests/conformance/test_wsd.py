@@ -1,8 +1,8 @@
 """Weak-to-strong decoding inside the real engine, on both runners, against transformers."""
 
 import pytest
-from laws import assert_wsd, greedy
 from engines import DRAFTS, log_probabilities, prompts
+from laws import assert_wsd, greedy
 
 RUNNERS = ["v1", "v2"]
 SLOW_ON_V2 = pytest.mark.parametrize(

@@ -228,10 +228,11 @@ class Lane:
     log_used: float = 0.0
     log_w: float = 0.0
     log_bank: float = 0.0
+    rows: int = 0
     doomed: bool = False  # the processor was told to give it up
     before: tuple = field(default=(), repr=False)
 
-    BELIEFS = ("out", "ended", "log_h0", "log_used", "log_w", "log_bank")
+    BELIEFS = ("out", "ended", "log_h0", "log_used", "log_w", "log_bank", "rows")
 
     def note(self):
         self.before = tuple(getattr(self, name) for name in self.BELIEFS)
@@ -486,6 +487,7 @@ class Engine:
                 dies = not bool(alive[s, r]) if abs(margin) < NEAR else margin < 0
             if reached:
                 assert int(tokens[r]) == (int(world.control[Control.ABANDON]) if dies else token)
+                lane.rows += 1
                 lane.log_w += rho
                 lane.log_bank = max(0.0, lane.log_bank + rho)
                 lane.log_used = log_h_of[token] if not dies else -INF
@@ -584,6 +586,8 @@ class Engine:
             assert report["log_v"] is None
         elif lane.ended == "FAILED":
             assert state == "failed"
+        if lane.ended in ("completed", "ABANDON"):
+            assert report["rows"] == lane.rows
         if lane.ended in ("completed", "ABANDON") and lane.log_h0 > -INF:
             self._close(report["log_h0"], lane.log_h0)
         return report

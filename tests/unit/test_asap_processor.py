@@ -14,7 +14,7 @@ import torch
 from asap_laws import KEY, OTHER_KEY, AsapLaws, Engine, Feed, World, Written, assert_same_snapshot, snapshot
 
 from vllm_align_spec.options import AsapEngineOptions, EngineOptions
-from vllm_align_spec.processors.asap import AsapProcessor, uniforms
+from vllm_align_spec.processors.asap import AsapProcessor, survives, uniforms
 from vllm_align_spec.processors.rows import Layout
 
 
@@ -240,6 +240,28 @@ def test_saved_tries_with_tokens_beyond_the_vocabulary_are_not_taken(tmp_path):
     engine.processor.close()
     smaller = SimpleNamespace(vocab=2)
     assert snapshot(AsapProcessor(layout(tmp_path, smaller)), KEY) == {}
+
+
+def test_a_ratio_above_one_is_banked_for_the_rows_that_follow_and_no_longer():
+    """Rounding makes them; without the bank, what it adds to a response's probability would be lost."""
+
+    def ask(ratios, bank, coins, first=False):
+        used = torch.zeros(1, len(ratios), dtype=torch.float64)
+        alive, _, banks = survives(
+            torch.tensor([ratios], dtype=torch.float64).log(),
+            used,
+            torch.tensor([first]),
+            torch.tensor([bank], dtype=torch.float64).log(),
+            torch.tensor([coins], dtype=torch.float64).log(),
+        )
+        return alive[0].tolist(), banks[0].exp().tolist()
+
+    assert ask([1.25, 0.8, 0.5], 1.0, [0.999, 0.999, 0.49]) == ([True] * 3, pytest.approx([1.25, 1.0, 1.0]))
+    assert ask([1.25, 0.8, 0.5], 1.0, [0.999, 0.999, 0.51])[0] == [True, True, False]
+    assert ask([0.5, 0.5], 1.5, [0.74, 0.49]) == ([True, True], pytest.approx([1.0, 1.0]))
+    assert ask([0.5, 0.5], 1.5, [0.76, 0.51])[0] == [False, False]
+    assert ask([0.3, 0.5], 1.0, [0.999, 0.49], first=True) == ([True, True], pytest.approx([1.0, 1.0]))
+    assert ask([0.0, 1.0], 1.0, [1e-9, 0.5], first=True)[0][0] is False
 
 
 def test_uniforms_depend_on_seed_and_counter_alone_and_are_uniform():

@@ -27,14 +27,16 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
 from vllm_align_spec.options import MAX_STOP_IDS
 from vllm_align_spec.processors.rows import Control, HostRows, Layout, Rows, force, row_logsumexp, send
-from vllm_align_spec.processors.trie import TrieFileError, Tries, warm_up
+
+if TYPE_CHECKING:
+    from vllm_align_spec.processors.trie import Tries
 
 logger = logging.getLogger("vllm.align_spec")
 
@@ -237,8 +239,7 @@ class AsapProcessor:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        options = layout.options.asap
-        self._tries = Tries(options.max_bytes)
+        self._tries: Tries
         entries = layout.entries
         self._attempt = np.zeros(entries, dtype=_ATTEMPT)
         self._place = np.zeros(entries, dtype=_PLACE)
@@ -248,26 +249,32 @@ class AsapProcessor:
         self._turn = 0
         self._ready = False
         self._seconds = 0.0
+        options = layout.options.asap
         self._file: Path | None = None
         if options.save_path is not None:
             # One file a model: a folder may serve many.
             digest = hashlib.sha256(repr(sorted(layout.identity.items())).encode()).hexdigest()[:16]
             self._file = Path(options.save_path) / f"{digest}.{FILE}"
-            self._load()
+        if options.warm_up or options.save_path is not None:
+            self._open()
 
-    def _load(self) -> None:
-        assert self._file is not None
-        if not self._file.exists():
-            return
-        try:
-            count = self._tries.load(self._file, self._layout.identity)
-            logger.info("ASAp starts with %d tries from %s", count, self._file)
-        except TrieFileError as error:
-            logger.warning("ASAp starts without saved tries: %s", error)
+    def _open(self) -> None:
+        # Not at import: numba takes longer to load than a server that never sees a request of ours should wait.
+        from vllm_align_spec.processors.trie import TrieFileError, Tries, warm_up
+
+        warm_up()
+        self._tries = Tries(self._layout.options.asap.max_bytes)
+        self._ready = True
+        if self._file is not None and self._file.exists():
+            try:
+                count = self._tries.load(self._file, self._layout.identity, self._layout.vocab_size)
+                logger.info("ASAp starts with %d tries from %s", count, self._file)
+            except TrieFileError as error:
+                logger.warning("ASAp starts without saved tries: %s", error)
 
     def close(self) -> None:
         """Saves the tries, if the operator named a place for them."""
-        if self._file is not None and self._layout.keeper and self._tries.nodes_used:
+        if self._file is not None and self._layout.keeper and self._ready and self._tries.nodes_used:
             self._settle()
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._tries.save(self._file, self._layout.identity)
@@ -275,8 +282,7 @@ class AsapProcessor:
     def admit(self, entry: int, arguments: Mapping[str, Any], prompt_len: int) -> None:
         """``arguments`` are the request options and what `strategies.asap` adds to them."""
         if not self._ready:
-            warm_up()
-            self._ready = True
+            self._open()
         self._release(entry)
         ends = list(arguments["align_spec_stop_ids"])
         attempt = self._attempt[entry]
@@ -476,6 +482,8 @@ class AsapProcessor:
 
     def reports(self, entries: Sequence[int]) -> list[dict[str, Any]]:
         """How each attempt went, and the state of the store."""
+        if not self._ready:
+            return [{} for _ in entries]
         self._settle()
         store = {
             "nodes": self._tries.nodes_used,
