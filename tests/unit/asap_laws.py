@@ -196,6 +196,8 @@ class Written(World):
 
 def snapshot(processor, key):
     """prefix -> (log P of its last token, U, log c~) of all visited prefixes."""
+    if not processor._ready:
+        return {}
     tries = processor._tries
     trie = tries._by_key.get(bytes.fromhex(key), -1)
     found, front = {}, [((), int(tries.root(np.array([trie]))[0]))]

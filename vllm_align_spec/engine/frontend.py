@@ -193,7 +193,8 @@ class Frontend:
         if strategy.method != "asap" and params.structured_outputs is not None:
             value, instead = params.structured_outputs, "drop it (response_format, tools set it)"
             bends[f"structured_outputs={value!r}"] = instead
-        if not bends:
+        truncates = _truncates(params) if strategy.method == "asap" else {}
+        if not bends and not truncates:
             params.verify(
                 engine.model_config,
                 engine.vllm_config.speculative_config,
@@ -217,7 +218,7 @@ class Frontend:
             grammar=_grammar(params),
             stop_strings=_strings(params.stop),
             ignore_eos=params.ignore_eos,
-            truncates=_truncates(params),
+            truncates=truncates,
             scope=str(rendered.get("cache_salt") or ""),
         )
         strategy.admit(request, self.facts)
