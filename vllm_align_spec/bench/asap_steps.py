@@ -128,7 +128,7 @@ class Stepper:
         from vllm_align_spec.processors.rows import Layout
         from vllm_align_spec.processors.trie import BYTES_PER_NODE
 
-        asap = AsapEngineOptions(max_bytes=BYTES_PER_NODE * (2 * nodes + 200_000))
+        asap = AsapEngineOptions(max_bytes=BYTES_PER_NODE * (2 * nodes + 200_000), warm_up=True)
         layout = Layout(torch.device("cpu"), lanes, 1, law.vocab, EngineOptions(asap=asap))
         self.processor = AsapProcessor(layout)
         self._law, self._lanes, self._seed = law, lanes, seed << 32

@@ -25,7 +25,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -64,7 +64,6 @@ _ATTEMPT = np.dtype(
         ("seed", np.uint64),
         ("state", np.int64),
         ("log_h0", np.float64),  # log H of its first row
-        ("rows", np.int64),  # rows reached
         ("nodes", np.int64),  # nodes that it added
         ("seconds", np.float64),  # its share of the host's work
     ]
@@ -72,7 +71,7 @@ _ATTEMPT = np.dtype(
 # Where an attempt stands between two steps.
 _PLACE = np.dtype(
     [
-        ("out", np.int64),  # tokens out before row 0 of the next step
+        ("out", np.int64),  # tokens out before row 0 of the next step; as many rows were reached
         ("parent", np.int32),  # node of the row in which the latest token was drawn; -1 if it has none
         ("token", np.int64),  # that token
         ("log_p", np.float64),  # its log P
@@ -201,13 +200,13 @@ def survives(
 
 
 def uniforms(seed: np.ndarray[Any, np.dtype[np.uint64]], counter: np.ndarray[Any, np.dtype[np.uint64]]) -> _Float:
-    """Uniform numbers in (0, 1) that depend on (seed, counter) alone: SplitMix64 of both, its upper 53 bits."""
+    """Uniform numbers in (0, 1) that depend on (seed, counter) alone: SplitMix64 of both, its upper 52 bits."""
     with np.errstate(over="ignore"):
         z = seed + (counter + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
         z ^= z >> np.uint64(31)
-    found: _Float = ((z >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    found: _Float = ((z >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
     return found
 
 
@@ -269,7 +268,7 @@ class AsapProcessor:
             try:
                 count = self._tries.load(self._file, self._layout.identity, self._layout.vocab_size)
                 logger.info("ASAp starts with %d tries from %s", count, self._file)
-            except TrieFileError as error:
+            except (TrieFileError, OSError) as error:
                 logger.warning("ASAp starts without saved tries: %s", error)
 
     def close(self) -> None:
@@ -283,6 +282,8 @@ class AsapProcessor:
         """``arguments`` are the request options and what `strategies.asap` adds to them."""
         if not self._ready:
             self._open()
+        if any(entry in step.entry for step in self._steps):
+            self._settle()  # its last request's latest step, which would be taken for one of this request
         self._release(entry)
         ends = list(arguments["align_spec_stop_ids"])
         attempt = self._attempt[entry]
@@ -295,7 +296,7 @@ class AsapProcessor:
         attempt["shortest"] = arguments["align_spec_min_tokens"]
         attempt["inverse_temperature"] = 1 / arguments["align_spec_temperature"]
         attempt["seed"] = arguments["align_spec_seed"]
-        for name in ("state", "rows", "nodes", "seconds"):
+        for name in ("state", "nodes", "seconds"):
             attempt[name] = 0
         attempt["log_h0"] = -np.inf
         self._place[entry] = self._before[entry] = (0, -1, -1, 0.0, 0.0, 0.0, 0.0)
@@ -336,6 +337,13 @@ class AsapProcessor:
         again = drawing & (out != self._place["out"][e]) & (out == self._before["out"][e])
         self._place[e[again]] = self._before[e[again]]
         place = self._place[e]
+        # What the step that was taken back said of the attempt's end goes with it.
+        revived = again & ((attempt["state"] == _REJECTED) | (attempt["state"] == _DEAD_END))
+        attempt["state"][revived] = self._attempt["state"][e[revived]] = _LIVE
+        # A row behind a drawn end token: with asynchronous scheduling vLLM computes one more step and drops it.
+        over = drawing & (place["token"] >= 0) & (place["token"][:, None] == self._ends[e]).any(1)
+        drawing &= ~over
+        host = replace(host, count=np.where(over, 0, host.count))
         lost = drawing & ((out != place["out"]) | ~attempt["open"])
         attempt["state"][lost] = self._attempt["state"][e[lost]] = _FAILED
 
@@ -450,7 +458,9 @@ class AsapProcessor:
             log_p=np.where(inner, draft_log_p[at, r - 1], place["log_p"][at]),
             unvisited=unvisited[at, r],
         )
-        added = (node >= 0) & (step.node[at, r] < 0)
+        _, once = np.unique(node, return_index=True)  # two lanes may have met one prefix
+        added = np.zeros(len(at), dtype=bool)
+        added[once] = (node[once] >= 0) & (step.node[at[once], r[once]] < 0)
         nodes = step.node.copy()
         nodes[at, r] = node
         np.add.at(self._attempt["nodes"], e[at[added]], 1)
@@ -475,7 +485,6 @@ class AsapProcessor:
             self._place[name][mine] = value
         first = live & (place["out"] == 0)
         self._attempt["log_h0"][e[first]] = log_h[first, 0]
-        self._attempt["rows"][mine] += count[live]
         died = live & ~((alive > 0) | ~reached).all(1)
         dead_end = died & (reached & (log_h == -np.inf)).any(1)
         self._attempt["state"][e[died]] = np.where(dead_end[died], _DEAD_END, _REJECTED)
@@ -499,7 +508,7 @@ class AsapProcessor:
             found.append(
                 {
                     "state": STATES[state],
-                    "rows": int(attempt["rows"]),
+                    "rows": int(place["out"]),
                     "log_h0": _finite(attempt["log_h0"]),
                     "log_v": _finite(log_v),
                     "log_bank": _finite(place["log_bank"]),

@@ -121,10 +121,11 @@ class AsapStrategy:
                         )
                         return
         found = [report for report in await engine.worker_reports() if report is not None]
+        instead = {"exact": "asap='adaptive', more asap_max_attempts, ", "adaptive": "more asap_max_attempts, "}
         error = (
             f"asap={options.asap!r}: no attempt of {most} was accepted. The model obeys this grammar within "
-            f"{request.max_tokens} tokens {likelihood(found)}; accepted: a larger asap_max_attempts or max_tokens, "
-            "a grammar that the model is likelier to obey, or asap='adaptive'"
+            f"{request.max_tokens} tokens {likelihood(found)}; accepted: {instead.get(options.asap, '')}"
+            "more max_tokens, or a grammar that the model is likelier to obey"
         )
         if request.n == 1:
             raise StrategyError(error)
