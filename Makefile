@@ -54,6 +54,7 @@ test-slow: setup
 bench: setup
 	$(RUN)/vllm-align-spec bench overhead $(ARGS)
 	$(RUN)/vllm-align-spec bench wsd $(ARGS)
+	$(RUN)/vllm-align-spec bench asap $(ARGS)
 
 lint: setup
 	$(RUN)/ruff check .

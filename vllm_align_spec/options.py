@@ -76,6 +76,7 @@ class AsapEngineOptions(_Tree):
     save_path: str | None = Field(
         None, description="Folder in which tries are kept from one start of the engine to the next; none by default."
     )
+    save_interval_s: float = Field(60.0, ge=0, description="Shortest time between two savings while requests come.")
 
 
 class ReportOptions(_Tree):

@@ -163,9 +163,10 @@ def test_metrics_count_attempts_and_show_the_store(server):
     assert server.metric("align_spec:asap_host_seconds_count") > 0
 
 
+@pytest.mark.slow
 def test_tries_survive_a_restart_and_a_foreign_file_is_refused_by_name(tmp_path):
-    options = {"align_spec": {"asap": {"save_path": str(tmp_path)}}}
-    arguments = ["--additional-config", json.dumps(options), "--max-model-len", "256"]
+    options = {"align_spec": {"asap": {"save_path": str(tmp_path), "save_interval_s": 3600}}}
+    arguments = ["--additional-config", json.dumps(options), "--max-model-len", "256", "--shutdown-timeout", "20"]
 
     def run():
         server = start_server(tmp_path / "log", *arguments)

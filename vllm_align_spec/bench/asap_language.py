@@ -68,7 +68,8 @@ class Language:
         """
         counts = np.zeros(len(self.strings))
         np.add.at(counts, [self._at[string] for string in found], 1.0 if weights is None else np.asarray(weights))
-        return counts / counts.sum()
+        shares: Floats = counts / counts.sum()
+        return shares
 
     def distance(self, law: Floats) -> float:
         """Total variation to the truth."""

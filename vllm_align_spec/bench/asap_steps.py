@@ -1,8 +1,8 @@
 """Bench `asap` without an engine: what one step costs, on the device and on the host, and as tries grow.
 
-The model is a law over ranks: token (A * latest + B * rank) mod V follows with the probability of its rank. So rows cost
-nothing to make, a trie of a million nodes is filled in seconds with strings as a mask would draw them, and whatever the
-processor draws goes on in that trie.
+The model is a law over ranks: token (A * latest + B * rank) mod V follows with the probability of its rank. So rows
+cost nothing to make, a trie of a million nodes is filled in seconds with strings as a mask would draw them, and
+whatever the processor draws goes on in that trie.
 """
 
 from __future__ import annotations
@@ -102,9 +102,7 @@ def fill(tries: Any, trie: int, law: Law, nodes: int, seed: int) -> None:
         above = np.arange(count) - 1
         above[::LENGTH] = -1
         nothing = np.full(count, -1)
-        tries.record(
-            np.full(count, trie), nothing, above, nothing, token.ravel(), log_p.ravel(), unvisited.ravel()
-        )  # fmt: skip
+        tries.record(np.full(count, trie), nothing, above, nothing, token.ravel(), log_p.ravel(), unvisited.ravel())
 
 
 def _masses(law: Law, latest: Ints) -> Floats:
@@ -194,6 +192,19 @@ class Stepper:
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: the barriers of more would measure the machine's other work."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def device_clock() -> Iterator[list[float]]:
     """Seconds of every call of the processor's device functions, as they come."""
     from vllm_align_spec.processors import asap
@@ -256,6 +267,7 @@ def steps(result: Result, quick: bool, tick: Callable[[], None]) -> None:
     """Device and host part of a step, beside vLLM's sampling of the same rows; microseconds go into the samples."""
     from vllm import _custom_ops
 
+    # The kernel that vLLM's CPU build samples with; other builds have none.
     fused = hasattr(_custom_ops.torch.ops._C, "fused_gumbel_argmax")
     taken: dict[str, dict[str, list[float]]] = result.samples.setdefault("step_us", {})
     for vocab in VOCABULARIES:
@@ -353,9 +365,9 @@ def memory(result: Result) -> None:
     from vllm_align_spec.processors.trie import BYTES_PER_NODE, Tries
 
     law = Law(GROWTH_VOCABULARY)
-    tries = Tries(BYTES_PER_NODE * (SIZES[-1] + 200_000))
+    tries = Tries(BYTES_PER_NODE * (SIZES[-1] + 2 * SIZES[-2]))
+    fill(tries, tries.open(b"what filling itself takes"), law, SIZES[-2], 0)
     trie = tries.open(bytes.fromhex(TRIE))
-    fill(tries, trie, law, SIZES[0], 0)
     gc.collect()
     before, nodes = psutil.Process().memory_info().rss, tries.nodes_used
     fill(tries, trie, law, SIZES[-1], 1)

@@ -248,6 +248,7 @@ class AsapProcessor:
         self._turn = 0
         self._ready = False
         self._seconds = 0.0
+        self._saved_at = time.monotonic()
         options = layout.options.asap
         self._file: Path | None = None
         if options.save_path is not None:
@@ -273,10 +274,15 @@ class AsapProcessor:
 
     def close(self) -> None:
         """Saves the tries, if the operator named a place for them."""
-        if self._file is not None and self._layout.keeper and self._ready and self._tries.nodes_used:
+        if self._ready:
             self._settle()
+            self._save()
+
+    def _save(self) -> None:
+        if self._file is not None and self._layout.keeper and self._tries.nodes_used:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._tries.save(self._file, self._layout.identity)
+            self._saved_at = time.monotonic()
 
     def admit(self, entry: int, arguments: Mapping[str, Any], prompt_len: int) -> None:
         """``arguments`` are the request options and what `strategies.asap` adds to them."""
@@ -519,6 +525,9 @@ class AsapProcessor:
                 }
             )
             self._release(entry)
+        # Also now and then: by default vLLM kills its workers when a server ends.
+        if time.monotonic() - self._saved_at >= self._layout.options.asap.save_interval_s:
+            self._save()
         return found
 
 

@@ -1,0 +1,165 @@
+"""Bench `asap` on the lab's JSON records: throughput, truncation, and how far samplers are from the model's own law."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm_align_spec.bench.asap_engine import Answer, Ask, drive, host_ms, records
+from vllm_align_spec.bench.measure import Result, mean, median, ratios
+
+if TYPE_CHECKING:
+    from vllm_align_spec.engine.offline import LLM
+
+LANES = (1, 16, 64)
+TOKENS = 96
+SHORT_TOKENS = 48
+"""A record takes 15 to 45 tokens."""
+
+
+def throughput(engine: LLM, result: Result, quick: bool, tick: Callable[[], None]) -> None:
+    """Tokens that clients received per second: vLLM's structured outputs alone (a) and `adaptive` (b), as a b b a."""
+    requests = {1: 8, 16: 64, 64: 192} if quick else {1: 16, 16: 128, 64: 384}
+    rounds = {1: 3, 16: 2, 64: 2} if quick else {1: 8, 16: 6, 64: 5}
+    known = records(engine)
+    taken: dict[str, dict[str, Any]] = result.samples.setdefault("throughput", {})
+    for lanes in LANES:
+        ways: dict[str, dict[str, list[float]]] = {
+            way: {"tokens_per_second": [], "seconds": [], "tokens": [], "host_ms": [], "rows": [], "attempts": [],
+                  "exhausted": []}
+            for way in ("masking", "adaptive")
+        }  # fmt: skip
+        for turn in range(-1, rounds[lanes]):
+            order = ("masking", "adaptive", "adaptive", "masking") if turn >= 0 else ("masking", "adaptive")
+            for way in order:
+                asks = [
+                    Ask(prompt, grammar, 10_000 * (turn + 1) + i, TOKENS, "adaptive" if way == "adaptive" else None)
+                    for i, (prompt, grammar) in enumerate(
+                        known[(i + 7 * turn) % len(known)] for i in range(requests[lanes])
+                    )
+                ]
+                seconds, answers = drive(engine, asks, lanes)
+                if turn < 0:
+                    continue  # compiles grammars, loads the method
+                tokens = sum(len(answer.token_ids) for answer in answers)
+                for name, value in (
+                    ("tokens_per_second", tokens / seconds),
+                    ("seconds", seconds),
+                    ("tokens", tokens),
+                    ("host_ms", host_ms(answers)),
+                    ("rows", sum(answer.report.get("rows", 0) for answer in answers)),
+                    ("attempts", sum(answer.report.get("attempts", 0) for answer in answers)),
+                    ("exhausted", sum(answer.error is not None for answer in answers)),
+                ):
+                    ways[way][name].append(float(value))
+            tick()
+        taken[str(lanes)] = ways
+        a, b = ways["masking"], ways["adaptive"]
+        target = ">= 0.9" if lanes > 1 else ""
+        result.figures[f"throughput_ratio_{lanes}"] = median(
+            ratios(b["tokens_per_second"], a["tokens_per_second"]), target
+        )
+        shares = [ms / 1e3 / seconds for ms, seconds in zip(b["host_ms"], b["seconds"], strict=True)]
+        result.figures[f"host_share_{lanes}"] = median(shares)
+        result.figures[f"rows_per_token_{lanes}"] = median(ratios(b["rows"], b["tokens"]))
+    result.setting["throughput"] = {
+        "counted": "tokens that clients received, the end token included; tokens of abandoned attempts are not",
+        "max_tokens": TOKENS,
+        "requests": requests,
+        "rounds": rounds,
+    }
+
+
+def device_shares(result: Result) -> None:
+    """What the device part of a step would take of the time of `adaptive`, by the microbenchmark's samples."""
+    for lanes, rows in ((1, 1), (64, 64)):
+        step = statistics.median(result.samples["step_us"][f"vocabulary 4096, {rows} rows"]["device"]) / 1e6
+        ways = result.samples["throughput"][str(lanes)]["adaptive"]
+        shares = [step * n / lanes / seconds for n, seconds in zip(ways["rows"], ways["seconds"], strict=True)]
+        result.figures[f"device_share_{lanes}"] = median(shares)
+
+
+def valid(answer: Answer) -> bool:
+    """Whether a response ended by itself and is JSON."""
+    try:
+        json.loads(answer.text)
+    except ValueError:
+        return False
+    return answer.finish_reason == "stop"
+
+
+def truncation(engine: LLM, result: Result, quick: bool, tick: Callable[[], None]) -> None:
+    """Share of responses that are cut off, with whitespace as free as vLLM's default and a modest ``max_tokens``."""
+    count, repeats = (30, 4) if quick else (60, 10)
+    known = records(engine)[:count]
+    found: dict[str, Any] = {}
+    for way in ("masking", "adaptive", "exact"):
+        asks = [
+            Ask(prompt, grammar, 777 + i * count + j, SHORT_TOKENS, None if way == "masking" else way, "truncation")
+            for i in range(repeats)
+            for j, (prompt, grammar) in enumerate(known)
+        ]
+        _, answers = drive(engine, asks, 16)
+        delivered = [answer for answer in answers if answer.error is None]
+        bad = [float(not valid(answer)) for answer in delivered]
+        exhausted = [float(answer.error is not None) for answer in answers]
+        example = next((answer.text for answer in delivered if not valid(answer)), None)
+        found[way] = {
+            "responses": len(delivered),
+            "invalid": sum(bad),
+            "ended_by_length": sum(answer.finish_reason == "length" for answer in delivered),
+            "exhausted": sum(exhausted),
+            "attempts": [answer.report.get("attempts", 1) for answer in answers],
+            "dead_ends": sum(answer.report.get("dead_ends", 0) for answer in answers),
+            "example": example,
+        }
+        result.figures[f"truncated_{way}"] = mean(bad or [0.0])
+        if way != "masking":
+            result.figures[f"exhausted_{way}"] = mean(exhausted)
+        tick()
+    result.figures["records_attempts_exact"] = mean([float(n) for n in found["exact"]["attempts"]])
+    result.samples["truncation"] = {"max_tokens": SHORT_TOKENS, "prompts": count, "repeats": repeats, **found}
+
+
+def weights(engine: LLM, result: Result, quick: bool, tick: Callable[[], None]) -> None:
+    """mean[log q(w) - log P(w)] = KL(q || P given L) - log Z where the language cannot be enumerated; lower is better.
+
+    A row's law is known as it is drawn, so log P(w) - log q(w) is the accepted attempt's log weight. Masking is an
+    attempt on an empty trie of its own.
+    """
+    count, number = (4, 32) if quick else (12, 96)
+    known = records(engine)[:count]
+    by_way: dict[str, list[list[float]]] = {"masking": [], "adaptive": []}
+    log_z: list[float] = []
+    lost = 0
+    for k, (prompt, grammar) in enumerate(known):
+
+        def asks(mode: str, salts: Sequence[str], at: int = k, prompt: Any = prompt, grammar: Any = grammar) -> Any:
+            return [Ask(prompt, grammar, 10_000 * at + i, TOKENS, mode, salt) for i, salt in enumerate(salts)]
+
+        fresh = [f"weights {k} fresh {i}" for i in range(number)]
+        _, masked = drive(engine, asks("weighted", fresh), 16)
+        _, adaptive = drive(engine, asks("adaptive", [f"weights {k}"] * number), 16)
+        _, weighted = drive(engine, asks("weighted", [f"weights {k} z"] * (2 * number)), 16)
+        for way, answers in (("masking", masked), ("adaptive", adaptive)):
+            by_way[way].append([-a.log_weight for a in answers if a.log_weight is not None])
+            lost += sum(a.log_weight is None for a in answers)
+        v = [0.0 if a.log_weight is None else math.exp(a.log_weight) for a in weighted]
+        log_z.append(math.log(statistics.fmean(v)))
+        tick()
+    half = number // 2
+    late = [statistics.fmean(values[half:]) + z for values, z in zip(by_way["adaptive"], log_z, strict=True)]
+    result.figures["records_gap_masking"] = mean(
+        [statistics.fmean(values) + z for values, z in zip(by_way["masking"], log_z, strict=True)]
+    )
+    result.figures["records_gap_adaptive"] = mean(late)
+    result.figures["records_mass"] = mean([math.exp(z) for z in log_z])
+    result.samples["weights"] = {
+        "minus_log_weight": by_way,
+        "log_z": log_z,
+        "without_response": lost,
+        "samples": number,
+    }
