@@ -23,7 +23,7 @@ help:
 	@echo 'make test       all tests but the slow ones; make test-slow: those'
 	@echo 'make bench      the figures, into out/bench (ARGS=--quick: a few minutes)'
 	@echo 'make lint       ruff and mypy; make format: let ruff change the code'
-	@echo 'make lab        train the lab models anew (over an hour)'
+	@echo 'make lab        train the lab models anew (about 40 minutes)'
 	@echo 'make lock       pin requirements/cpu.in anew'
 
 setup: $(VENV)/.project

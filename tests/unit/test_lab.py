@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -235,6 +236,19 @@ def test_the_report_describes_the_models_that_ship() -> None:
         loaded = AutoModelForCausalLM if name in CAUSAL else AutoModelForSequenceClassification
         model = loaded.from_pretrained(lab.model_path(name))
         assert report["models"][name]["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_one_seed_gives_one_model_to_the_last_bit(tmp_path: Path) -> None:
+    from vllm_align_spec.lab.build import build
+
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        shutil.copytree(lab.model_path("base"), tmp_path / name / "base")  # its tokenizer is kept
+        build(tmp_path / name, only=["judge"], scale=0.02, seed=5)
+    weights = [(tmp_path / name / "judge" / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert weights[0] == weights[1]
+    assert weights[0] != (lab.model_path("judge") / "model.safetensors").read_bytes()
 
 
 def test_every_sub_command_has_a_handler() -> None:

@@ -150,10 +150,10 @@ class Frontend:
         ids = self.options.control_ids or control.choose(engine.renderer.tokenizer, vocab_size, stop_ids)
         if ids is None:
             return {}
-        if not set(ids).isdisjoint(stop_ids) or max(ids) >= vocab_size:
+        if not set(ids).isdisjoint(stop_ids) or len({i for i in ids if 0 <= i < vocab_size}) < len(ids):
             raise OptionError(
-                f"additional_config.align_spec.control_ids={list(ids)} is not accepted; accepted: ids below "
-                f"{vocab_size} that occur in no text and end no response ({stop_ids} do)"
+                f"additional_config.align_spec.control_ids={list(ids)} is not accepted; accepted: three ids "
+                f"below {vocab_size} that occur in no text and end no response ({stop_ids} do)"
             )
         return dict(zip(ids, control.NAMES, strict=True))
 

@@ -18,7 +18,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("lab", help="the tiny models that ship with the package")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
 
-    build = actions.add_parser("build", help="train all models from a seed (about 80 minutes on two cores)")
+    build = actions.add_parser("build", help="train all models from a seed (about 40 minutes on two idle cores)")
     build.add_argument("--out", type=Path, default=lab.MODELS_FOLDER, help="folder to fill (default: the package's)")
     build.add_argument("--only", nargs="+", choices=lab.MODELS, help="build these models only")
     build.add_argument("--scale", type=float, default=1.0, help="how many of the usual steps (0.05: a quick try)")
