@@ -11,9 +11,6 @@ from table_model import BOS_ID, CONTROL_IDS, END_ID, Table
 GRAMMAR = 'root ::= "00000" | "1" [01] [01] [01] [01]'
 SENTENCES = ["00000", *("1" + "".join(bits) for bits in itertools.product("01", repeat=4))]
 DRAFTS = 3
-COUNT = {"v1": 1500, "v2": 40}
-"""Attempts of a statistical test; V2 under the interpreter is slow, and is held against V1 instead."""
-
 RUNNERS = ["v1", "v2"]
 SLOW_ON_V2 = pytest.mark.parametrize(
     "runner", ["v1", pytest.param("v2", marks=pytest.mark.slow)], indirect=True, scope="session"
@@ -108,25 +105,25 @@ def test_every_patch_of_the_runner_is_in_force(start, runner):
     assert {name for name in needed if applied.get(name) == "applied"} == needed
 
 
+@SLOW_ON_V2
 def test_exact_attempts_side_by_side_follow_the_conditional_law(start, runner, table):
-    found = texts(table, attempts(start(runner), "exact", COUNT[runner], trie="side by side"))
+    found = texts(table, attempts(start(runner), "exact", 1500, trie="side by side"))
     law, _ = table.conditional([table.ids(s) for s in SENTENCES])
-    fixed = {"v1": 400, "v2": 4}[runner]
-    assert len(found) >= fixed
-    assert total_variation(found[:fixed], law) < quantile(law, fixed)
-    if runner == "v1":  # what masking alone would give is far off: the test can tell
-        masked = table.masked([table.ids(s) for s in SENTENCES])
-        assert 0.5 * float((masked - law).abs().sum()) > 3 * quantile(law, fixed)
+    assert len(found) >= 400
+    assert total_variation(found[:400], law) < quantile(law, 400)
+    # What masking alone would give is far off: the test can tell.
+    masked = table.masked([table.ids(s) for s in SENTENCES])
+    assert 0.5 * float((masked - law).abs().sum()) > 3 * quantile(law, 400)
 
 
 def test_exact_attempts_one_after_the_other_follow_it_too_at_another_temperature(start, table):
     engine = start("v1")
     found = []
-    for i in range(300):
+    for i in range(200):
         found += texts(table, attempts(engine, "exact", 1, first_seed=9000 + i, temperature=1.7, trie="alone"))
     law, _ = table.conditional([table.ids(s) for s in SENTENCES], temperature=1.7)
-    assert len(found) >= 100
-    assert total_variation(found[:100], law) < quantile(law, 100)
+    assert len(found) >= 60
+    assert total_variation(found[:60], law) < quantile(law, 60)
 
 
 def test_the_first_sample_on_a_fresh_trie_is_that_of_a_mask_alone(start, table):
@@ -155,14 +152,19 @@ def test_weights_estimate_the_mass_of_the_language(start, table):
     assert 0.5 * np.abs(weighted - law.numpy()).sum() < 2 * quantile(law, int(v.sum() ** 2 / (v**2).sum()))
 
 
-@pytest.mark.parametrize("speculation", [False, True])
+@pytest.mark.parametrize("speculation", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_both_runners_draw_the_same_attempts(start, speculation):
-    """The same seeds on a fresh trie, launched together: every token and every weight."""
+    """The same seeds, launched together: every token and every weight.
+
+    With drafts each attempt has a trie of its own: the runners draft at different steps, so what an attempt finds of
+    the others is not the same.
+    """
 
     def told(runner):
-        outputs = attempts(start(runner, speculation), "exact", 16, trie="both") + attempts(
-            start(runner, speculation), "weighted", 8, trie="both", first_seed=50, temperature=0.8
-        )
+        tries = [f"both {i if speculation else 0}" for i in range(16)]
+        exact = [asap("exact", 1 + i, trie=trie) for i, trie in enumerate(tries)]
+        weighted = [asap("weighted", 50 + i, trie=trie, temperature=0.8) for i, trie in enumerate(tries[:8])]
+        outputs = start(runner, speculation).generate(exact) + start(runner, speculation).generate(weighted)
         return [
             (o["tokens"], o["stop"], state(o), o["report"]["asap"]["log_h0"], o["report"]["asap"]["log_v"])
             for o in outputs
@@ -266,13 +268,13 @@ def test_under_eviction_pressure_attempts_stay_exact(start, table):
     options = {"align_spec": {"asap": {"max_bytes": 65536}}}
     engine = start("v1", additional_config=options)
     found, evictions = [], 0
-    for turn in range(12):
+    for turn in range(6):
         noise = [
             asap("adaptive", 100 * turn + i, grammar="root ::= [01ab]{30,30}", max_tokens=40, trie=f"noise {turn} {i}")
-            for i in range(24)
+            for i in range(12)
         ]
-        outputs = engine.generate([*(asap("exact", 1000 * turn + i, trie="pressed") for i in range(100)), *noise])
-        found += texts(table, outputs[:100])
+        outputs = engine.generate([*(asap("exact", 1000 * turn + i, trie="pressed") for i in range(150)), *noise])
+        found += texts(table, outputs[:150])
         evictions = outputs[-1]["report"]["asap"]["store"]["evictions"]
         assert outputs[-1]["report"]["asap"]["store"]["bytes"] <= 65536
     law, _ = table.conditional([table.ids(s) for s in SENTENCES])
@@ -281,6 +283,7 @@ def test_under_eviction_pressure_attempts_stay_exact(start, table):
     assert total_variation(found[:250], law) < quantile(law, 250)
 
 
+@SLOW_ON_V2
 def test_a_processor_that_raises_ends_its_request_as_failed_and_nothing_else(start, runner, engines):
     engine = start(runner, broken_processor=True)
     outputs = engine.generate([asap("weighted", 77), {"prompt": [BOS_ID, 5], "params": {"max_tokens": 8}}])
@@ -294,10 +297,10 @@ def test_a_processor_that_raises_ends_its_request_as_failed_and_nothing_else(sta
 @SLOW_ON_V2
 def test_asynchronous_scheduling_changes_nothing(start, runner, table):
     engine = start(runner, async_scheduling=True)
-    found = texts(table, attempts(engine, "exact", COUNT[runner], trie="async"))
+    found = texts(table, attempts(engine, "exact", 1500, trie="async"))
     law, _ = table.conditional([table.ids(s) for s in SENTENCES])
-    fixed = {"v1": 400, "v2": 4}[runner]
-    assert total_variation(found[:fixed], law) < quantile(law, fixed)
+    assert len(found) >= 400
+    assert total_variation(found[:400], law) < quantile(law, 400)
 
 
 def test_the_labs_model_keeps_neighbours_under_speculation(engines):

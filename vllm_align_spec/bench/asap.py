@@ -50,14 +50,14 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
         gc.collect()
         base = str(lab.model_path("base"))
         with start(base, "the lab's base model", max_model_len=512, max_num_seqs=64) as engine:
-            with part("throughput", 10 if quick else 22) as tick:
+            with part("throughput", 8 if quick else 20) as tick:
                 asap_records.throughput(engine, result, quick, tick)
             asap_records.device_shares(result)
             with part("truncation", 3) as tick:
                 asap_records.truncation(engine, result, quick, tick)
             with part("weights of records", 4 if quick else 12) as tick:
                 asap_records.weights(engine, result, quick, tick)
-            with part("samplers on bits", 3 if quick else 6) as tick:
+            with part("samplers on bits", 2 if quick else 6) as tick:
                 asap_laws.samplers(engine, result, quick, tick)
         del engine
     gc.collect()  # an engine that is only collected as the interpreter exits complains

@@ -46,6 +46,9 @@ class Answer:
     finish_reason: str | None = None
     error: str | None = None
     """Instead of a response: no attempt was accepted."""
+    launched: float = 0.0
+    """Seconds since the first launch."""
+    finished: float = 0.0
     report: Report = field(default_factory=dict)
     """Of the request's only choice; empty where no method was asked for, or not asked to be looked up."""
 
@@ -116,7 +119,9 @@ async def _drive(
 
     async def lane() -> None:
         for i in waiting:
+            answers[i].launched = time.perf_counter() - began
             await _answer(engine.llm_engine.engine, asks[i], ids[i], answers[i])
+            answers[i].finished = time.perf_counter() - began
             if done is not None:
                 done()
 
@@ -190,6 +195,16 @@ def records(engine: LLM) -> list[tuple[tuple[int, ...], dict[str, Any]]]:
     """Prompt and grammar of each of the lab's held-out requests for a record."""
     schemas = [{"json": record_schema(messages[-1]["content"])} for messages in lab.heldout_prompts("json")]
     return list(zip(prompts(engine, "json"), schemas, strict=True))
+
+
+def steady_rate(answers: Sequence[Answer], lanes: int) -> tuple[int, float]:
+    """Tokens received, and the seconds in which they were, while every lane was busy with its second request or a later
+    one: how long the last requests take, and how many lanes idle then, is not what throughput means."""
+    begins = sorted(answer.finished for answer in answers)[lanes - 1]
+    ends = max(answer.launched for answer in answers)
+    assert ends > begins, "enough requests for a steady state"
+    counted = [answer for answer in answers if begins < answer.finished <= ends]
+    return sum(len(answer.token_ids) for answer in counted), ends - begins
 
 
 def host_ms(answers: Iterable[Answer]) -> float:

@@ -65,8 +65,7 @@ def exact(result: Result, quick: bool, tick: Callable[[], None]) -> None:
             tick()
     # Every one of them was accepted: leaving out those that run out of attempts would bend the law.
     assert all(answer.error is None for answer in answers), "a choice ran out of attempts"
-    words = [answer.text.replace(" ", "") for answer in answers]
-    distance = language.distance(language.counts(words))
+    distance = language.distance(language.counts([answer.text for answer in answers]))
     noise = language.noise(count)
     attempts = [float(answer.report["attempts"]) for answer in answers]
     masked = language.distance(language.next_law(()))
@@ -117,12 +116,12 @@ def lab_languages(prompt: Sequence[int], end: int) -> dict[str, Language]:
 
 def samplers(engine: LLM, result: Result, quick: bool, tick: Callable[[], None]) -> None:
     """Five ways to sample the same languages; the distance to the truth after so and so many samples."""
-    count, runs = (128, 1) if quick else (512, 2)
+    count, runs, rules = (128, 1, 2) if quick else (512, 2, len(RULES))
     tokenizer = engine.get_tokenizer()
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_dict=False
     )
-    languages = lab_languages(prompt, tokenizer.eos_token_id)
+    languages = dict(list(lab_languages(prompt, tokenizer.eos_token_id).items())[:rules])
     sizes = [2**i for i in range(1, int(math.log2(count)) + 1)]
     curves: dict[str, list[list[float]]] = {name: [] for name in (*SAMPLERS, "truth", "next sample")}
     cost: dict[str, list[float]] = {name: [] for name in SAMPLERS}

@@ -101,8 +101,9 @@ def _laws(result: Result, out: Path) -> None:
     size = found["samples"] / len(means)
     _points(attempts_axis, [size * (i + 0.5) for i in range(len(means))], means, label="exact, 32 lanes")
     attempts_axis.axhline(1, color="black", linewidth=0.8)
-    attempts_axis.set_yscale("log")
-    attempts_axis.set(xlabel="samples, in launch order", ylabel="attempts per sample", title="exact on a table model")
+    attempts_axis.set(
+        xlabel="samples, in launch order", ylabel="attempts per sample", ylim=(0, None), title="exact on a table model"
+    )
     attempts_axis.legend(fontsize=7)
 
     found = result.samples["samplers"]

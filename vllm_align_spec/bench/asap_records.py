@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_align_spec.bench.asap_engine import Answer, Ask, drive, host_ms, records
+from vllm_align_spec.bench.asap_engine import Answer, Ask, drive, host_ms, records, steady_rate
 from vllm_align_spec.bench.measure import Result, mean, median, ratios
 
 if TYPE_CHECKING:
@@ -22,9 +22,12 @@ SHORT_TOKENS = 48
 
 def throughput(engine: LLM, result: Result, quick: bool, tick: Callable[[], None]) -> None:
     """Tokens that clients received per second: vLLM's structured outputs alone (a) and `adaptive` (b), as a b b a."""
-    requests = {1: 8, 16: 64, 64: 192} if quick else {1: 16, 16: 128, 64: 384}
+    requests = {1: 10, 16: 96, 64: 256} if quick else {1: 20, 16: 160, 64: 448}
     rounds = {1: 3, 16: 2, 64: 2} if quick else {1: 8, 16: 6, 64: 5}
     known = records(engine)
+    for mode in (None, "adaptive"):  # compiles grammars, loads the method
+        drive(engine, [Ask(prompt, grammar, i, TOKENS, mode) for i, (prompt, grammar) in enumerate(known)], 16)
+    tick()
     taken: dict[str, dict[str, Any]] = result.samples.setdefault("throughput", {})
     for lanes in LANES:
         ways: dict[str, dict[str, list[float]]] = {
@@ -32,9 +35,8 @@ def throughput(engine: LLM, result: Result, quick: bool, tick: Callable[[], None
                   "exhausted": []}
             for way in ("masking", "adaptive")
         }  # fmt: skip
-        for turn in range(-1, rounds[lanes]):
-            order = ("masking", "adaptive", "adaptive", "masking") if turn >= 0 else ("masking", "adaptive")
-            for way in order:
+        for turn in range(rounds[lanes]):
+            for way in ("masking", "adaptive", "adaptive", "masking"):
                 asks = [
                     Ask(prompt, grammar, 10_000 * (turn + 1) + i, TOKENS, "adaptive" if way == "adaptive" else None)
                     for i, (prompt, grammar) in enumerate(
@@ -42,11 +44,10 @@ def throughput(engine: LLM, result: Result, quick: bool, tick: Callable[[], None
                     )
                 ]
                 seconds, answers = drive(engine, asks, lanes)
-                if turn < 0:
-                    continue  # compiles grammars, loads the method
                 tokens = sum(len(answer.token_ids) for answer in answers)
+                steady_tokens, steady_seconds = steady_rate(answers, lanes)
                 for name, value in (
-                    ("tokens_per_second", tokens / seconds),
+                    ("tokens_per_second", steady_tokens / steady_seconds),
                     ("seconds", seconds),
                     ("tokens", tokens),
                     ("host_ms", host_ms(answers)),
@@ -66,7 +67,8 @@ def throughput(engine: LLM, result: Result, quick: bool, tick: Callable[[], None
         result.figures[f"host_share_{lanes}"] = median(shares)
         result.figures[f"rows_per_token_{lanes}"] = median(ratios(b["rows"], b["tokens"]))
     result.setting["throughput"] = {
-        "counted": "tokens that clients received, the end token included; tokens of abandoned attempts are not",
+        "counted": "tokens that clients received, the end token included and those of abandoned attempts left out, "
+        "from when as many requests have ended as there are lanes until the last one is launched",
         "max_tokens": TOKENS,
         "requests": requests,
         "rounds": rounds,
@@ -127,39 +129,39 @@ def truncation(engine: LLM, result: Result, quick: bool, tick: Callable[[], None
 def weights(engine: LLM, result: Result, quick: bool, tick: Callable[[], None]) -> None:
     """mean[log q(w) - log P(w)] = KL(q || P given L) - log Z where the language cannot be enumerated; lower is better.
 
-    A row's law is known as it is drawn, so log P(w) - log q(w) is the accepted attempt's log weight. Masking is an
-    attempt on an empty trie of its own.
+    A row's law is known as it is drawn, so log P(w) - log q(w) is the accepted attempt's log weight. Masking is
+    `adaptive` on an empty trie of its own for each sample; both run on the same seeds and are compared seed by seed.
     """
     count, number = (4, 32) if quick else (12, 96)
     known = records(engine)[:count]
     by_way: dict[str, list[list[float]]] = {"masking": [], "adaptive": []}
     log_z: list[float] = []
-    lost = 0
+    half = number // 2
     for k, (prompt, grammar) in enumerate(known):
 
         def asks(mode: str, salts: Sequence[str], at: int = k, prompt: Any = prompt, grammar: Any = grammar) -> Any:
             return [Ask(prompt, grammar, 10_000 * at + i, TOKENS, mode, salt) for i, salt in enumerate(salts)]
 
         fresh = [f"weights {k} fresh {i}" for i in range(number)]
-        _, masked = drive(engine, asks("weighted", fresh), 16)
+        _, masked = drive(engine, asks("adaptive", fresh), 16)
         _, adaptive = drive(engine, asks("adaptive", [f"weights {k}"] * number), 16)
         _, weighted = drive(engine, asks("weighted", [f"weights {k} z"] * (2 * number)), 16)
         for way, answers in (("masking", masked), ("adaptive", adaptive)):
+            # 64 attempts a sample: all have one.
             by_way[way].append([-a.log_weight for a in answers if a.log_weight is not None])
-            lost += sum(a.log_weight is None for a in answers)
+            assert len(by_way[way][-1]) == number, "a choice ran out of attempts"
         v = [0.0 if a.log_weight is None else math.exp(a.log_weight) for a in weighted]
         log_z.append(math.log(statistics.fmean(v)))
         tick()
-    half = number // 2
-    late = [statistics.fmean(values[half:]) + z for values, z in zip(by_way["adaptive"], log_z, strict=True)]
-    result.figures["records_gap_masking"] = mean(
-        [statistics.fmean(values) + z for values, z in zip(by_way["masking"], log_z, strict=True)]
+    late = {way: [statistics.fmean(values[half:]) for values in by_way[way]] for way in by_way}
+    for way, values in late.items():
+        result.figures[f"records_gap_{way}"] = mean([value + z for value, z in zip(values, log_z, strict=True)])
+    result.figures["records_gap_removed"] = mean(
+        [masked - adapted for masked, adapted in zip(late["masking"], late["adaptive"], strict=True)]
     )
-    result.figures["records_gap_adaptive"] = mean(late)
     result.figures["records_mass"] = mean([math.exp(z) for z in log_z])
     result.samples["weights"] = {
         "minus_log_weight": by_way,
         "log_z": log_z,
-        "without_response": lost,
         "samples": number,
     }

@@ -30,9 +30,11 @@ def table(seed: int, spread: float = 1.5) -> Floats:
 def write(folder: Path, logits: Floats) -> str:
     """Model and tokenizer in a folder, whose name is returned."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     size = len(WORDS)
     config = LlamaConfig(
         vocab_size=size,
@@ -60,6 +62,7 @@ def write(folder: Path, logits: Floats) -> str:
     model.save_pretrained(folder)
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=WORDS[END_ID]))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.decoder = decoders.Fuse()
     PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token=WORDS[END_ID],
