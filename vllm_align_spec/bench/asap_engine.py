@@ -197,14 +197,13 @@ def records(engine: LLM) -> list[tuple[tuple[int, ...], dict[str, Any]]]:
     return list(zip(prompts(engine, "json"), schemas, strict=True))
 
 
-def steady_rate(answers: Sequence[Answer], lanes: int) -> tuple[int, float]:
-    """Tokens received, and the seconds in which they were, while every lane was busy with its second request or a later
+def steady(answers: Sequence[Answer], lanes: int) -> tuple[list[Answer], float]:
+    """What was received, and the seconds in which it was, while every lane was busy with its second request or a later
     one: how long the last requests take, and how many lanes idle then, is not what throughput means."""
     begins = sorted(answer.finished for answer in answers)[lanes - 1]
     ends = max(answer.launched for answer in answers)
     assert ends > begins, "enough requests for a steady state"
-    counted = [answer for answer in answers if begins < answer.finished <= ends]
-    return sum(len(answer.token_ids) for answer in counted), ends - begins
+    return [answer for answer in answers if begins < answer.finished <= ends], ends - begins
 
 
 def host_ms(answers: Iterable[Answer]) -> float:

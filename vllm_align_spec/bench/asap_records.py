@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_align_spec.bench.asap_engine import Answer, Ask, drive, host_ms, records, steady_rate
+from vllm_align_spec.bench.asap_engine import Answer, Ask, drive, host_ms, records, steady
 from vllm_align_spec.bench.measure import Result, mean, median, ratios
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def throughput(engine: LLM, result: Result, quick: bool, tick: Callable[[], None
     taken: dict[str, dict[str, Any]] = result.samples.setdefault("throughput", {})
     for lanes in LANES:
         ways: dict[str, dict[str, list[float]]] = {
-            way: {"tokens_per_second": [], "seconds": [], "tokens": [], "host_ms": [], "rows": [], "attempts": [],
+            way: {"tokens_per_second": [], "valid_per_second": [], "seconds": [], "tokens": [], "host_ms": [], "rows": [], "attempts": [],
                   "exhausted": []}
             for way in ("masking", "adaptive")
         }  # fmt: skip
@@ -45,9 +45,10 @@ def throughput(engine: LLM, result: Result, quick: bool, tick: Callable[[], None
                 ]
                 seconds, answers = drive(engine, asks, lanes)
                 tokens = sum(len(answer.token_ids) for answer in answers)
-                steady_tokens, steady_seconds = steady_rate(answers, lanes)
+                counted, window = steady(answers, lanes)
                 for name, value in (
-                    ("tokens_per_second", steady_tokens / steady_seconds),
+                    ("tokens_per_second", sum(len(answer.token_ids) for answer in counted) / window),
+                    ("valid_per_second", sum(map(valid, counted)) / window),
                     ("seconds", seconds),
                     ("tokens", tokens),
                     ("host_ms", host_ms(answers)),
@@ -63,6 +64,7 @@ def throughput(engine: LLM, result: Result, quick: bool, tick: Callable[[], None
         result.figures[f"throughput_ratio_{lanes}"] = median(
             ratios(b["tokens_per_second"], a["tokens_per_second"]), target
         )
+        result.figures[f"valid_ratio_{lanes}"] = median(ratios(b["valid_per_second"], a["valid_per_second"]))
         shares = [ms / 1e3 / seconds for ms, seconds in zip(b["host_ms"], b["seconds"], strict=True)]
         result.figures[f"host_share_{lanes}"] = median(shares)
         result.figures[f"rows_per_token_{lanes}"] = median(ratios(b["rows"], b["tokens"]))

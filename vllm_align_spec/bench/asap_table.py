@@ -20,7 +20,7 @@ HIDDEN = 64
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
-def table(seed: int, spread: float = 1.5) -> Floats:
+def table(seed: int, spread: float) -> Floats:
     """[V, V] logits of the next token (column) after each token (row)."""
     logits = np.random.default_rng(seed).standard_normal((len(WORDS), len(WORDS))) * spread
     logits[:, [*CONTROL_IDS, BOS_ID]] = NEVER

@@ -173,7 +173,7 @@ def draw(
     # Visited children come first, in their order, then the others by id.
     share = (log_visited - log_h).exp().nan_to_num(0.0)
     u = uniform.reshape(-1)
-    total = rest[:, -1:]
+    total = rest[:, -1:].contiguous()
     target = ((u - share) / (1 - share)).nan_to_num(0.0)[:, None] * total
     # Never past the last token that has a mass.
     token = torch.searchsorted(rest, target, right=True).minimum(torch.searchsorted(rest, total))[:, 0]
