@@ -69,6 +69,7 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
 
 _FIRST = (
     "throughput",
+    "valid",
     "host_share",
     "device_share",
     "rows_per_token",

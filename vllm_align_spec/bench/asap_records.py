@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +31,7 @@ def throughput(engine: LLM, result: Result, quick: bool, tick: Callable[[], None
     tick()
     taken: dict[str, dict[str, Any]] = result.samples.setdefault("throughput", {})
     for lanes in LANES:
-        ways: dict[str, dict[str, list[float]]] = {
-            way: {"tokens_per_second": [], "valid_per_second": [], "seconds": [], "tokens": [], "host_ms": [], "rows": [], "attempts": [],
-                  "exhausted": []}
-            for way in ("masking", "adaptive")
-        }  # fmt: skip
+        ways: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in ("masking", "adaptive")}
         for turn in range(rounds[lanes]):
             for way in ("masking", "adaptive", "adaptive", "masking"):
                 asks = [
