@@ -50,7 +50,7 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
         gc.collect()
         base = str(lab.model_path("base"))
         with start(base, "the lab's base model", max_model_len=512, max_num_seqs=64) as engine:
-            with part("throughput", 8 if quick else 20) as tick:
+            with part("throughput", 7 if quick else 20) as tick:
                 asap_records.throughput(engine, result, quick, tick)
             asap_records.device_shares(result)
             with part("truncation", 3) as tick:

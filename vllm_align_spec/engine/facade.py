@@ -56,7 +56,8 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         self.rows = 1 + (speculative.num_speculative_tokens if speculative else 0)
         vocab_size = vllm_config.model_config.get_vocab_size()
         configured = options.parse_engine(vllm_config.additional_config)
-        keeper = vllm_config.parallel_config.rank == 0
+        parallel = vllm_config.parallel_config
+        keeper = parallel.rank == parallel.world_size - parallel.tensor_parallel_size  # first of the last stage
         layout = Layout(
             device, max(1024, 4 * max_reqs), self.rows, vocab_size, configured, _identity(vllm_config), keeper
         )

@@ -191,8 +191,7 @@ class Frontend:
         bends = _bends(params, kwargs, engine.model_config)
         strategy = self._strategy(options)
         if strategy.method != "asap" and params.structured_outputs is not None:
-            value, instead = params.structured_outputs, "drop it (response_format, tools set it)"
-            bends[f"structured_outputs={value!r}"] = instead
+            bends["structured_outputs=True"] = "drop it (response_format, tools set it)"
         truncates = _truncates(params) if strategy.method == "asap" else {}
         if not bends and not truncates:
             params.verify(
