@@ -18,8 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_align_spec import lab
 from vllm_align_spec.bench import asap_laws, asap_plots, asap_records, asap_steps
-from vllm_align_spec.bench.asap_engine import start
-from vllm_align_spec.bench.measure import Result, console
+from vllm_align_spec.bench.measure import Result, console, start_engine
 
 
 def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
@@ -49,7 +48,7 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
             asap_laws.exact(result, quick, tick)
         gc.collect()
         base = str(lab.model_path("base"))
-        with start(base, "the lab's base model", max_model_len=512, max_num_seqs=64) as engine:
+        with start_engine(base, "the lab's base model", max_model_len=512, max_num_seqs=64) as engine:
             with part("throughput", 7 if quick else 20) as tick:
                 asap_records.throughput(engine, result, quick, tick)
             asap_records.device_shares(result)

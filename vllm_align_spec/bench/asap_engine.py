@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm_align_spec import lab
-from vllm_align_spec.bench.measure import PAUSE_S, console
+from vllm_align_spec.bench.measure import PAUSE_S
 
 if TYPE_CHECKING:
     from vllm_align_spec.engine.offline import LLM
@@ -57,30 +56,6 @@ class Answer:
         """log v of the accepted attempt: log P(response) - log of the probability with which it was drawn."""
         weight: float | None = self.report.get("log_weight")
         return weight
-
-
-def start(model: str, told: str, **settings: Any) -> LLM:
-    """An engine as a server would start it, on V1 and in float32."""
-    from vllm_align_spec.cli import server_environment
-
-    # The engine is a process of its own and starts with what a server would start with.
-    os.environ.update(server_environment(os.environ))
-    for name, value in (
-        ("VLLM_WORKER_MULTIPROC_METHOD", "spawn"),
-        ("VLLM_CPU_KVCACHE_SPACE", "1"),
-        ("VLLM_LOGGING_LEVEL", "ERROR"),
-        ("HF_HUB_OFFLINE", "1"),
-        ("PYTHONWARNINGS", "ignore"),
-        ("TORCH_CPP_LOG_LEVEL", "ERROR"),
-    ):
-        os.environ.setdefault(name, value)
-    from vllm_align_spec.engine.offline import LLM
-
-    with console.status(f"starting an engine with {told}"):
-        return LLM(
-            model, dtype="float32", block_size=32, enforce_eager=True, use_tqdm_on_load=False, disable_log_stats=True,
-            **settings,
-        )  # fmt: skip
 
 
 def drive(

@@ -13,10 +13,10 @@ import numpy as np
 
 from vllm_align_spec import lab
 from vllm_align_spec.bench import asap_table
-from vllm_align_spec.bench.asap_engine import Answer, Ask, drive, start
+from vllm_align_spec.bench.asap_engine import Answer, Ask, drive
 from vllm_align_spec.bench.asap_language import Floats, Language, prefixes
 from vllm_align_spec.bench.asap_steps import exactly
-from vllm_align_spec.bench.measure import Figure, Result, mean
+from vllm_align_spec.bench.measure import Figure, Result, mean, start_engine
 
 if TYPE_CHECKING:
     from vllm_align_spec.engine.offline import LLM
@@ -54,7 +54,7 @@ def exact(result: Result, quick: bool, tick: Callable[[], None]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = asap_table.write(Path(folder), logits)
         control = {"align_spec": {"control_ids": list(asap_table.CONTROL_IDS)}}
-        with start(
+        with start_engine(
             model, "a model that is a table", max_model_len=128, max_num_seqs=TABLE_LANES, additional_config=control
         ) as engine:
             tick()

