@@ -178,6 +178,7 @@ def test_asynchronous_scheduling_keeps_to_the_law(engines, runner):
     assert outputs[0]["report"]["wsd"]["kept"] == 12
 
 
+@SLOW_ON_V2
 def test_a_processor_that_raises_takes_nothing_down(engines, runner):
     engine = engines(runner, broken_processor=True)
     requests = [wsd(prompts()[0], {"wsd_max_draft": 77}), {"prompt": prompts()[1]}, wsd(prompts()[2], {})]

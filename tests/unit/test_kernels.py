@@ -248,6 +248,7 @@ def test_asap_draw_takes_a_row_of_minus_infinity_alone():
 
 
 @in_a_process(interpreted=True)
+@pytest.mark.slow
 def test_asap_draw_follows_its_law_on_a_grid_of_uniform_numbers():
     from vllm_align_spec.processors import kernels
 
