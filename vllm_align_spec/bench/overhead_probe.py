@@ -48,7 +48,11 @@ def main() -> None:
     config = SimpleNamespace(
         speculative_config=SimpleNamespace(num_speculative_tokens=DRAFTS),
         scheduler_config=SimpleNamespace(max_num_seqs=256),
-        model_config=SimpleNamespace(get_vocab_size=lambda: VOCABULARY),
+        parallel_config=SimpleNamespace(rank=0, world_size=1, tensor_parallel_size=1, pipeline_parallel_size=1),
+        model_config=SimpleNamespace(
+            get_vocab_size=lambda: VOCABULARY,
+            **dict.fromkeys(("model", "revision", "dtype", "quantization", "tokenizer", "tokenizer_revision")),
+        ),
         additional_config={},
     )
     facade = AlignSpecLogitsProcessor(config, torch.device("cpu"), False)
