@@ -22,7 +22,7 @@ def add_parser(subparsers: Subparsers) -> None:
     names = parser.add_subparsers(required=True, metavar="NAME", dest="bench")
     for name, told in BENCHES.items():
         bench = names.add_parser(name, help=told)
-        bench.add_argument("--quick", action="store_true", help="at most 3 minutes: fewer repeats and sizes")
+        bench.add_argument("--quick", action="store_true", help="a few minutes: fewer repeats and sizes")
         bench.add_argument("--json", type=Path, metavar="FILE", help="where the numbers go (default: in --out)")
         bench.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for the figure and the numbers")
         bench.set_defaults(run=_run)
