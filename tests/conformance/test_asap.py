@@ -254,6 +254,7 @@ def test_neighbours_are_served_as_ever(start, runner):
     assert [mixed[1]["tokens"], mixed[3]["tokens"]] == alone
 
 
+@pytest.mark.slow
 def test_preempted_attempts_keep_to_the_law(start, table):
     # So few blocks of 32 tokens cannot hold what the attempts need together.
     engine = start("v1", num_gpu_blocks_override=12, enable_prefix_caching=False, max_num_seqs=8, max_model_len=128)
@@ -264,6 +265,7 @@ def test_preempted_attempts_keep_to_the_law(start, table):
         assert output["report"]["asap"]["rows"] == 44
 
 
+@pytest.mark.slow
 def test_under_eviction_pressure_attempts_stay_exact(start, table):
     options = {"align_spec": {"asap": {"max_bytes": 65536}}}
     engine = start("v1", additional_config=options)
@@ -283,7 +285,7 @@ def test_under_eviction_pressure_attempts_stay_exact(start, table):
     assert total_variation(found[:250], law) < quantile(law, 250)
 
 
-@SLOW_ON_V2
+@pytest.mark.slow
 def test_a_processor_that_raises_ends_its_request_as_failed_and_nothing_else(start, runner, engines):
     engine = start(runner, broken_processor=True)
     outputs = engine.generate([asap("weighted", 77), {"prompt": [BOS_ID, 5], "params": {"max_tokens": 8}}])
@@ -294,7 +296,7 @@ def test_a_processor_that_raises_ends_its_request_as_failed_and_nothing_else(sta
     assert state(attempts(engine, "weighted", 1, first_seed=5)[0]) == "completed"
 
 
-@SLOW_ON_V2
+@pytest.mark.slow
 def test_asynchronous_scheduling_changes_nothing(start, runner, table):
     engine = start(runner, async_scheduling=True)
     found = texts(table, attempts(engine, "exact", 1500, trie="async"))
@@ -303,6 +305,7 @@ def test_asynchronous_scheduling_changes_nothing(start, runner, table):
     assert total_variation(found[:400], law) < quantile(law, 400)
 
 
+@pytest.mark.slow
 def test_the_labs_model_keeps_neighbours_under_speculation(engines):
     """Real weights, a real drafter: greedy neighbours of attempts are the base model's own."""
     from engines import prompts
