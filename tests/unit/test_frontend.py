@@ -282,7 +282,7 @@ class Words:
         if self.error:
             raise self.error
 
-    async def generate(self, prompt, *, max_tokens, min_tokens, arguments=None, seed=None):
+    async def generate(self, prompt, *, max_tokens, min_tokens, arguments=None):
         assert arguments is None, "the base model's part is an ordinary request"
         self.continued = (list(prompt), max_tokens, min_tokens)
         yield Chunk([7] * max_tokens, None, "length")

@@ -431,7 +431,6 @@ class _Choice:
         max_tokens: int,
         min_tokens: int,
         arguments: Mapping[str, Any] | None = None,
-        seed: int | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """See `strategies.base.Engine.generate`."""
         params = self._params.clone()
@@ -442,8 +441,6 @@ class _Choice:
         params.flat_logprobs = True
         params.max_tokens = max_tokens
         params.min_tokens = min_tokens
-        if seed is not None:
-            params.seed = seed
         control_ids: Mapping[int, str] = {}
         if arguments is not None:
             self.ask()

@@ -115,7 +115,6 @@ class Engine(Protocol):
         max_tokens: int,
         min_tokens: int,
         arguments: Mapping[str, Any] | None = None,
-        seed: int | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """Continues a prompt with the request's own sampling parameters, except those given.
 
@@ -124,7 +123,6 @@ class Engine(Protocol):
             max_tokens: most tokens to generate.
             min_tokens: fewest before a stop id may end it.
             arguments: for the token processors in the worker; None for an ordinary request.
-            seed: instead of the request's own.
         """
         ...
 
