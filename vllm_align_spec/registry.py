@@ -15,14 +15,18 @@ if TYPE_CHECKING:
 def processors() -> tuple[type[Processor], ...]:
     """The methods of the token plane, in the order in which they see a step's rows."""
     from vllm_align_spec.processors.asap import AsapProcessor
+    from vllm_align_spec.processors.cards import CardsProcessor
     from vllm_align_spec.processors.wsd import WsdProcessor
 
-    return (WsdProcessor, AsapProcessor)
+    return (WsdProcessor, AsapProcessor, CardsProcessor)
 
 
 def strategies() -> tuple[Strategy, ...]:
     """The methods of the sequence plane."""
     from vllm_align_spec.strategies.asap import AsapStrategy
+    from vllm_align_spec.strategies.bon import BonStrategy
+    from vllm_align_spec.strategies.cards import CardsStrategy
+    from vllm_align_spec.strategies.deal import DealStrategy
     from vllm_align_spec.strategies.wsd import WsdStrategy
 
-    return (WsdStrategy(), AsapStrategy())
+    return (WsdStrategy(), AsapStrategy(), CardsStrategy(), BonStrategy(), DealStrategy())

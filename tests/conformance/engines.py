@@ -115,6 +115,15 @@ class Engine:
                     "asap": request["asap"],
                     **request.get("arguments", {}),
                 }
+            if "cards" in request:
+                request["id"] = uuid.uuid4().hex
+                spec["stop_token_ids"] = list(self.control_ids)
+                spec["extra_args"] = {
+                    "cards": "on",
+                    "cards_entropy": request["cards"],
+                    "align_spec_control_ids": list(self.control_ids),
+                    "align_spec_id": request["id"],
+                }
             prompts.append(prompt)
             params.append(spec)
         return self._ask(prompts=prompts, params=params)
@@ -124,7 +133,7 @@ class Engine:
         ids = [r["id"] for r in requests if "id" in r]
         reports = self._ask(reports=ids) if ids else {}
         for request, output in zip(requests, outputs, strict=True):
-            if "asap" in request:
+            if "asap" in request or "cards" in request:
                 output["report"] = reports[request["id"]]
             if "wsd" in request:
                 assert output["tokens"][0] == request["prompt"][-1], "the held-back prompt token comes first"
