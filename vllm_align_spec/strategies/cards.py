@@ -161,7 +161,7 @@ async def _segments(
         while True:
             found = await _segment(request, options, engine, notes, response, seeds, prompt_reward)
             response += found.token_ids
-            finish = found.finish or ("length" if len(response) == request.max_tokens else None)
+            finish = found.finish or ("length" if len(response) >= request.max_tokens else None)
             stop_reason = found.last.stop_reason if found.finish else None
             yield Chunk(found.token_ids, found.logprobs or None, finish, stop_reason, source=found.last.source)
             if finish:
@@ -252,7 +252,7 @@ async def _candidate(
             notes["sampled"] += len(last.token_ids)
     finish = None if last.finish_reason == "length" else last.finish_reason
     cut = engine.stop_at([*response, *token_ids])
-    if cut is not None:
+    if cut is not None and cut > len(response):
         # Whoever turns tokens into text ends the response there.
         token_ids, logprobs, finish = token_ids[: cut - len(response)], logprobs[: cut - len(response)], None
     notes["judge_calls"] += 1
