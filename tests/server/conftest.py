@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 
 import pytest
-from serving import SPECULATION, PilotEndpoint, start_server, stop_server
+from serving import MODELS, SPECULATION, JudgeEndpoint, PilotEndpoint, start_server, stop_server
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory, pilot):
+def server(tmp_path_factory, pilot, judge):
     """The server; it must be alive when the tests are done."""
     options = {
-        "align_spec": {"wsd": {"pilot": {"url": pilot.url, "model": "pilot", "timeout_s": 5, "chunk_tokens": 8}}}
+        "align_spec": {
+            "wsd": {"pilot": {"url": pilot.url, "model": "pilot", "timeout_s": 5, "chunk_tokens": 8}},
+            "rewards": {
+                "good": {"kind": "model", "model": str(MODELS / "judge"), "timeout_s": 60},
+                "remote": {"kind": "http", "url": judge.url, "timeout_s": 3, "retries": 1, "breaker_s": 1},
+                "short": {"kind": "program", "program": "length", "parameters": {"target": 3}},
+            },
+        }
     }
     arguments = ["--speculative-config", SPECULATION, "--additional-config", json.dumps(options)]
     server = start_server(tmp_path_factory.mktemp("server") / "log", *arguments)
@@ -25,5 +32,12 @@ def server(tmp_path_factory, pilot):
 @pytest.fixture(scope="session")
 def pilot():
     endpoint = PilotEndpoint()
+    yield endpoint
+    endpoint.close()
+
+
+@pytest.fixture(scope="session")
+def judge():
+    endpoint = JudgeEndpoint()
     yield endpoint
     endpoint.close()
