@@ -16,7 +16,14 @@ def server(tmp_path_factory, pilot, judge):
             "wsd": {"pilot": {"url": pilot.url, "model": "pilot", "timeout_s": 5, "chunk_tokens": 8}},
             "rewards": {
                 "good": {"kind": "model", "model": str(MODELS / "judge"), "timeout_s": 60},
-                "remote": {"kind": "http", "url": judge.url, "timeout_s": 3, "retries": 1, "breaker_s": 1},
+                "remote": {
+                    "kind": "http",
+                    "url": judge.url,
+                    "timeout_s": 3,
+                    "retries": 1,
+                    "breaker_s": 1,
+                    "max_concurrency": 256,
+                },
                 "short": {"kind": "program", "program": "length", "parameters": {"target": 3}},
             },
         }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +13,7 @@ import openai
 import pytest
 from serving import MESSAGES, MODELS, PROMPT, start_server, stop_server
 
+from vllm_align_spec.lab import heldout_prompts
 from vllm_align_spec.lab.judge import Judge
 
 CARDS = {"cards": "on", "cards_reward": "good", "cards_threshold": 1.0, "cards_entropy": 0.5}
@@ -92,7 +96,7 @@ def test_a_stream_brings_accepted_segments_and_the_same_text(server):
 
 @pytest.mark.parametrize("most", [1, 3, 4, 5, 17])
 def test_max_tokens_is_never_overshot(server, most):
-    response = cards(server, LOCAL, max_tokens=most, extra_body={"min_tokens": most})
+    response = cards(server, LOCAL, max_tokens=most, extra_body={"ignore_eos": True})
     assert response.usage.completion_tokens == most
     assert response.choices[0].finish_reason == "length"
 
@@ -277,7 +281,7 @@ def test_many_clients_with_a_slow_judge_do_not_stall_ordinary_requests(server, r
         return time.monotonic() - began
 
     alone = [ordinary() for _ in range(10)]
-    remote.delay = 1.5
+    remote.delay = 1.0
     xargs = {**REMOTE, "cards_threshold": -5.0, "cards_entropy": 0.0, "cards_candidates": 1}
     with ThreadPoolExecutor(64) as pool:
         slow = [pool.submit(cards, server, xargs, max_tokens=4, seed=i, timeout=60) for i in range(64)]
@@ -306,6 +310,28 @@ def test_metrics_count_segments_and_judgements(server):
     assert server.metric("align_spec:sampled_tokens_total", method="cards") >= server.metric(
         "align_spec:delivered_tokens_total", method="cards"
     )
+
+
+# Calibration --------------------------------------------------------------------------------------------------------
+
+
+def test_calibration_samples_a_running_server_and_proposes_options(server, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"messages": messages} for messages in heldout_prompts("chat")[:3]] + [{"prompt": PROMPT}]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, "-m", "vllm_align_spec.cli", "calibrate", str(prompts), "--url", f"{server.root}/v1"]
+    command += ["--n", "2", "--max-tokens", "48", "--plot", str(tmp_path / "plot.png")]
+    told = subprocess.run([*command, "--reward", "good"], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    proposed = json.loads(told.stdout[told.stdout.rindex("{") :])
+    assert "8 plain responses" in told.stdout
+    assert proposed["cards_reward"] == "good"
+    assert (tmp_path / "plot.png").exists()
+    report = choice(server, cards(server, proposed))
+    assert report["segments"]
+    told = subprocess.run([*command, "--reward", "best"], capture_output=True, text=True)
+    assert told.returncode == 1
+    assert "'best' is no judge of this engine" in told.stderr
 
 
 # A pooling server ---------------------------------------------------------------------------------------------------

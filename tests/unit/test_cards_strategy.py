@@ -258,12 +258,6 @@ def test_what_follows_a_stop_string_is_neither_judged_nor_sent():
     assert chunks[0].finish_reason is None, "vLLM's own detokenizer finds the stop string, or the response goes on"
 
 
-def test_min_tokens_count_from_the_response_and_not_from_the_segment():
-    script = Script(one_segment, lambda response: 1e9)
-    play(CardsStrategy(), request(options(cards_candidates=1), max_tokens=12, min_tokens=6), script)
-    assert [call["min"] for call in script.calls] == [6, 2, 0]
-
-
 def test_a_failing_judge_is_an_error_or_the_declared_fallback():
     def fails(response):
         return JudgeError("judge 'good' is gone") if len(response) > 4 else 1e9
@@ -312,6 +306,7 @@ def test_leaving_early_cancels_every_candidate():
         ({}, {"control_ids": False}, "control ids"),
         ({}, {"rejection_method": "synthetic"}, "rejection_sample_method='synthetic'"),
         ({}, {"shards_sampling": True}, "enable_batch_sharded_sampling"),
+        ({"min_tokens": 3}, {}, "min_tokens=3 cannot be combined with cards"),
         ({"temperature": 0.0}, {}, "temperature=0 cannot be combined with cards"),
         ({"bends": {"presence_penalty=0.5": "drop it"}}, {}, "presence_penalty=0.5 cannot be combined with cards"),
         ({"truncates": {"top_p=0.5": "send top_p=1"}}, {}, "top_p=0.5 cannot be combined with cards; send top_p=1"),

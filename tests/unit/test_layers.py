@@ -25,7 +25,7 @@ ALLOWED = {
     "plugin": {"options", "patches"},
     "lab": {"options", "processors"},
 }
-USERS = {"cli", "doctor", "demo", "bench"}
+USERS = {"cli", "calibrate", "doctor", "demo", "bench"}
 
 
 def files():

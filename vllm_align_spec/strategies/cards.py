@@ -80,6 +80,12 @@ class CardsStrategy:
                 "cards_beta; accepted: temperature > 0, or drop cards",
                 "temperature",
             )
+        if request.min_tokens:
+            # A segment's end is a stop id too, and vLLM would mask it.
+            raise OptionError(
+                f"min_tokens={request.min_tokens} cannot be combined with cards; accepted: 0 (or ignore_eos)",
+                "min_tokens",
+            )
         for name, found, accepted, bad in (
             ("rejection_sample_method", engine.rejection_method, "'standard'", engine.rejection_method != "standard"),
             ("enable_batch_sharded_sampling", True, "False", engine.shards_sampling),
@@ -109,9 +115,7 @@ class CardsStrategy:
                 raise
         notes["fallback_at"] = len(response)
         rest = engine.generate(
-            [*request.prompt_token_ids, *response],
-            max_tokens=request.max_tokens - len(response),
-            min_tokens=max(0, request.min_tokens - len(response)),
+            [*request.prompt_token_ids, *response], max_tokens=request.max_tokens - len(response), min_tokens=0
         )
         async with aclosing(rest) as chunks:
             async for chunk in chunks:
@@ -237,7 +241,7 @@ async def _candidate(
     inner = engine.generate(
         [*request.prompt_token_ids, *response],
         max_tokens=longest,
-        min_tokens=min(longest, max(0, request.min_tokens - len(response))),
+        min_tokens=0,
         arguments={"cards": "on", "cards_entropy": options.cards_entropy},
         temperature=options.cards_beta,
         top_k=options.cards_top_k,
