@@ -1,15 +1,17 @@
 """Time, reward and judge calls of cascade reward sampling on the lab's models, against ARGS as it is published.
 
 The published loop (`args_loop`) and CARDS are guided by one judge; rewards are those of another, which no decoding
-consults. Time is that of equally long answers (``ignore_eos``), one prompt at a time, each way right after the other.
-Reward is that of answers of natural length to held-out prompts, paired by prompt. Thresholds come from the reward and
+consults. Time is that of equally long answers, one prompt at a time, each way right after the other: as long as CARDS'
+own, because tokens beyond an answer's natural end please no judge and would be tried again and again. Reward is that
+of answers of natural length to held-out prompts, paired by prompt. Thresholds come from the reward and
 entropy quantiles of plain samples, as ``vllm-align-spec calibrate`` proposes them, on prompts that are not used again.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +19,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_align_spec import lab
 from vllm_align_spec.bench.args_loop import args_loop
-from vllm_align_spec.bench.measure import Result, axes, console, mean, median, ratios, start_engine
+from vllm_align_spec.bench.measure import PAUSE_S, Result, axes, console, mean, median, ratios, start_engine
 from vllm_align_spec.calibrate import entropy_for, quantile
 
 if TYPE_CHECKING:
     from vllm_align_spec.engine.offline import LLM
 
-TOKENS = 128
-NATURAL_TOKENS = 160
+TOKENS = 160
 ARGS = {"weight": 1.5, "top_k": 10}
 """As published."""
 CANDIDATES = (1, 2, 4)
@@ -45,11 +46,11 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
         out: folder for the figure.
     """
     started = time.monotonic()
-    repeats, prompts, calibration = (4, 16, 8) if quick else (12, 64, 24)
+    repeats, prompts, calibration = (4, 12, 6) if quick else (12, 64, 24)
     result = Result("cards")
     result.setting |= {
         "models": {"base": "lab base", "judge": "lab judge", "evaluation": "lab judge-other"},
-        "tokens": TOKENS,
+        "max_tokens": TOKENS,
         "repeats": repeats,
         "reward_prompts": prompts,
         "calibration_prompts": calibration,
@@ -116,22 +117,23 @@ def _calibrate(engine: LLM, questions: Sequence[list[dict[str, str]]]) -> dict[s
     choices = [
         choice
         for seed in range(4)
-        for choice in _answers(engine, questions, [_params(seed, plain, natural=True)] * len(questions))[1]
+        for choice in _answers(engine, questions, [_params(seed, plain)] * len(questions))[1]
     ]
     target = quantile([choice["segments"][-1]["reward"] for choice in choices], SHARE)
     boundary = entropy_for([choice["entropies"] for choice in choices], SEGMENT_TOKENS)
     return {"cards": "on", "cards_threshold": round(target, 2), "cards_entropy": boundary, "cards_candidates": MAIN}
 
 
-def _params(seed: int, extra: dict[str, Any] | None, *, natural: bool = False) -> Any:
+def _params(seed: int, extra: dict[str, Any] | None, *, tokens: int | None = None) -> Any:
+    """Of one answer; of ``tokens`` tokens, or of natural length."""
     from vllm import SamplingParams
 
     return SamplingParams(
         temperature=0.7 if extra is None else 1.0,  # CARDS has its own, which is this
         top_k=40 if extra is None else 0,
         seed=seed,
-        max_tokens=NATURAL_TOKENS if natural else TOKENS,
-        ignore_eos=not natural,
+        max_tokens=tokens or TOKENS,
+        ignore_eos=tokens is not None,
         extra_args=extra,
     )
 
@@ -150,25 +152,38 @@ def _times(
 ) -> None:
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     costs: dict[str, list[dict[str, Any]]] = {f"cards_{n}": [] for n in CANDIDATES}
+    lengths: list[int] = []
     questions = lab.heldout_prompts("chat")
     for repeat in range(-1, repeats):  # the first round warms up
         place = max(repeat, 0)
-        ways: dict[str, Any] = {"plain": None} | {f"cards_{n}": {**options, "cards_candidates": n} for n in CANDIDATES}
-        for way, extra in ways.items():
+        spent: dict[str, float] = {}
+
+        def timed(way: str, what: Callable[[], Any], spent: dict[str, float] = spent) -> Any:
+            time.sleep(PAUSE_S)
             start = time.perf_counter()
-            output = engine.chat([questions[place]], [_params(repeat + 7, extra)], use_tqdm=False)[0]
-            elapsed = time.perf_counter() - start
-            assert len(output.outputs[0].token_ids) == TOKENS
+            found = what()
+            spent[way] = time.perf_counter() - start
+            return found
+
+        def ask(params: Any, place: int = place) -> Any:
+            return engine.chat([questions[place]], [params], use_tqdm=False)[0]
+
+        tokens = 0
+        for n in CANDIDATES:
+            params = _params(repeat + 7, {**options, "cards_candidates": n})
+            output = timed(f"cards_{n}", partial(ask, params))
+            tokens = len(output.outputs[0].token_ids)
             if repeat >= 0:
-                seconds[way].append(elapsed)
-                if way in costs:
-                    report = engine.report(output)
-                    assert report is not None
-                    costs[way].append(report["choices"][0])
-        start = time.perf_counter()
-        loop(asked[place], TOKENS)
+                report = engine.report(output)
+                assert report is not None
+                costs[f"cards_{n}"].append(report["choices"][0])
+        timed("plain", partial(ask, _params(repeat + 7, None, tokens=tokens)))
+        timed("args_loop", partial(loop, asked[place], tokens))
         if repeat >= 0:
-            seconds["args_loop"].append(time.perf_counter() - start)
+            for way, elapsed in spent.items():
+                seconds[way].append(elapsed)
+            lengths.append(tokens)
+    result.samples["tokens"] = lengths
     result.samples["seconds"] = seconds
     result.samples["costs"] = costs
 
@@ -188,12 +203,12 @@ def _rewards(
     texts = {
         way: [
             output.outputs[0].text
-            for output in _answers(engine, questions, [_params(1000 + i, extra, natural=True) for i in range(count)])[0]
+            for output in _answers(engine, questions, [_params(1000 + i, extra) for i in range(count)])[0]
         ]
         for way, extra in (("plain", None), ("cards", options))
     }
     texts["args_loop"] = [
-        tokenizer.decode(loop(prompt, NATURAL_TOKENS, [tokenizer.eos_token_id]), skip_special_tokens=True)
+        tokenizer.decode(loop(prompt, TOKENS, [tokenizer.eos_token_id]), skip_special_tokens=True)
         for prompt in asked[:count]
     ]
     for name in ("judge-other", "judge"):
@@ -238,7 +253,7 @@ def _draw(result: Result, out: Path) -> None:
     errors = [[f.value - f.low for f in found], [f.high - f.value for f in found]]
     time_axis.bar(WAYS, [f.value for f in found], yerr=errors, capsize=4)
     time_axis.tick_params(axis="x", labelrotation=20)
-    time_axis.set(ylabel=f"seconds for {TOKENS} tokens", yscale="log")
+    time_axis.set(ylabel="seconds for answers of one length", yscale="log")
     names = ("plain", "cards", "args_loop")
     found = [result.figures[f"reward_{name}"] for name in names]
     errors = [[f.value - f.low for f in found], [f.high - f.value for f in found]]
