@@ -465,3 +465,43 @@ def test_a_report_that_is_still_on_its_way_says_so():
         return await store.find("cmpl-a", timeout_s=0.01)
 
     assert asyncio.run(run())["complete"] is False
+
+
+def choice_of(engine, extra_args, prompt_text="A question.", **params):
+    """The engine as the strategy of one choice sees it, and its request."""
+    prompt = {"type": "token", "prompt_token_ids": PROMPT, "prompt": prompt_text}
+    found = frontend.of(engine)
+    call = found.admit(original, prompt, SamplingParams(max_tokens=20, extra_args=extra_args, **params), "r", {})
+    return frontend._Choice(found, call, 0)
+
+
+JUDGED = {"rewards": {"short": {"kind": "program", "program": "length", "parameters": {"target": 2}}}}
+CARDS = {"cards": "on", "cards_threshold": 1.0}
+
+
+def test_a_judge_sees_the_response_up_to_its_first_stop_string():
+    engine = StandIn(additional=JUDGED)
+    encode = engine.renderer.tokenizer.encode
+    response = encode("one two three four", add_special_tokens=False)
+    choice = choice_of(engine, CARDS, stop=[" three"])
+    assert engine.renderer.tokenizer.decode(response[: choice.stop_at(response)]).endswith("three")
+    assert choice.stop_at(response[:1]) is None
+    assert asyncio.run(choice.judge("short", [response, response[:1], []])) == [0.0, -0.5, -1.0]
+    assert asyncio.run(choice_of(engine, CARDS).judge("", [response])) == [-1.0], "the only judge there is"
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "params", "says"),
+    [
+        ({"cards": "on"}, {}, "cards_threshold is missing"),
+        ({**CARDS, "cards_reward": "x"}, {}, "cards_reward='x' is no judge of this engine; accepted: 'short'"),
+        (CARDS, {"top_k": 5}, "top_k=5 cannot be combined with cards"),
+        (CARDS, {"min_tokens": 2}, "min_tokens=2 cannot be combined with cards"),
+        ({"bon": 2}, {"prompt_logprobs": 1}, "prompt_logprobs=1 cannot be combined with bon"),
+        ({"deal": "on"}, {"temperature": 0.5}, "temperature=0.5 cannot be combined with deal"),
+        ({"deal": "on", "bon": 2}, {}, "cannot be combined in one request"),
+    ],
+)
+def test_what_a_judge_cannot_be_asked_for_is_refused(extra_args, params, says):
+    assert says in refusal(StandIn(additional=JUDGED), extra_args, **params)
+    assert "needs a judge" in refusal(StandIn(), CARDS)

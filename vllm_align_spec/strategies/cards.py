@@ -161,6 +161,8 @@ async def _segments(
     seeds = Seeds(request.seed)
     notes["judge_calls"] += 1
     prompt_reward = asyncio.ensure_future(engine.judge(options.cards_reward, [[]]))
+    # Where a candidate fails first, nobody else asks what became of it.
+    prompt_reward.add_done_callback(lambda done: done.cancelled() or done.exception())
     try:
         while True:
             found = await _segment(request, options, engine, notes, response, seeds, prompt_reward)
