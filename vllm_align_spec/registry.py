@@ -7,22 +7,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_align_spec.options import ArgsOptions, DeraOptions, GenarmOptions, PadOptions
+
 if TYPE_CHECKING:
     from vllm_align_spec.processors.rows import Processor
     from vllm_align_spec.strategies.base import Strategy
 
+GUIDED = (DeraOptions, GenarmOptions, PadOptions, ArgsOptions)
+"""Methods that live on the token plane alone: their strategy hands one request on."""
+
 
 def processors() -> tuple[type[Processor], ...]:
     """The methods of the token plane, in the order in which they see a step's rows."""
+    from vllm_align_spec.processors.args import ArgsProcessor
     from vllm_align_spec.processors.asap import AsapProcessor
+    from vllm_align_spec.processors.dera import DeraProcessor
+    from vllm_align_spec.processors.genarm import GenarmProcessor
+    from vllm_align_spec.processors.pad import PadProcessor
     from vllm_align_spec.processors.wsd import WsdProcessor
 
-    return (WsdProcessor, AsapProcessor)
+    return (WsdProcessor, DeraProcessor, GenarmProcessor, PadProcessor, ArgsProcessor, AsapProcessor)
 
 
 def strategies() -> tuple[Strategy, ...]:
     """The methods of the sequence plane."""
     from vllm_align_spec.strategies.asap import AsapStrategy
+    from vllm_align_spec.strategies.guided import GuidedStrategy
     from vllm_align_spec.strategies.wsd import WsdStrategy
 
-    return (WsdStrategy(), AsapStrategy())
+    guided = (GuidedStrategy(options) for options in GUIDED)
+    return (WsdStrategy(), AsapStrategy(), *guided)

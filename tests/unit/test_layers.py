@@ -17,10 +17,11 @@ ALLOWED = {
     "metrics": {"options"},
     "report": {"options", "metrics"},
     "patches": set(),
-    "processors": {"options"},
+    "companion": {"options", "processors"},
+    "processors": {"options", "companion"},
     "strategies": {"options", "processors", "report", "metrics"},
     "registry": {"options", "processors", "strategies"},
-    "engine": {"options", "report", "metrics", "processors", "strategies", "registry", "patches"},
+    "engine": {"options", "report", "metrics", "processors", "strategies", "registry", "patches", "companion"},
     "plugin": {"options", "patches"},
     "lab": {"options", "processors"},
 }

@@ -16,7 +16,7 @@ import time
 import uuid
 import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -29,7 +29,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from vllm_align_spec import registry
-from vllm_align_spec.engine import control
+from vllm_align_spec.engine import companions, control
 from vllm_align_spec.engine.output import Assembler, choice_params, rows
 from vllm_align_spec.engine.pilot import Pilot
 from vllm_align_spec.metrics import metrics
@@ -137,6 +137,9 @@ class Frontend:
         self.options: EngineOptions = parse_engine(config.additional_config)
         self.control_ids = self._control_ids()
         self.facts = _facts(config, self.options, bool(self.control_ids))
+        self._places = {
+            name: asyncio.Semaphore(one.max_slots) for name, one in self.facts.companions.items() if one.max_slots
+        }
         self.reports = ReportStore(self.options.reports)
         self.collector = ReportCollector(self._ask_workers)
         self._strategies = {strategy.method: strategy for strategy in registry.strategies()}
@@ -156,6 +159,15 @@ class Frontend:
                 f"below {vocab_size} that occur in no text and end no response ({stop_ids} do)"
             )
         return dict(zip(ids, control.NAMES, strict=True))
+
+    @asynccontextmanager
+    async def places(self, names: Sequence[str]) -> AsyncGenerator[None, None]:
+        """Waits until companions have room for one more request."""
+        async with AsyncExitStack() as held:
+            for name in sorted(names):
+                if name in self._places:
+                    await held.enter_async_context(self._places[name])
+            yield
 
     @property
     def engine(self) -> Any:
@@ -190,7 +202,7 @@ class Frontend:
         params.extra_args = {k: v for k, v in (params.extra_args or {}).items() if not is_ours(k)} or None
         bends = _bends(params, kwargs, engine.model_config)
         strategy = self._strategy(options)
-        if strategy.method != "asap" and params.structured_outputs is not None:
+        if not strategy.structured and params.structured_outputs is not None:
             bends["structured_outputs=True"] = "drop it (response_format, tools set it)"
         truncates = _truncates(params) if strategy.method == "asap" else {}
         if not bends and not truncates:
@@ -420,6 +432,11 @@ class _Choice:
             self._worker_id = None
         return list(self._answers)
 
+    @property
+    def facts(self) -> EngineFacts:
+        """See `strategies.base.Engine.facts`."""
+        return self._frontend.facts
+
     async def worker_reports(self) -> Sequence[Mapping[str, Any] | None]:
         """See `strategies.base.Engine.worker_reports`."""
         return [_of_method(self._call.strategy.method, await answer) for answer in self.ask()]
@@ -450,7 +467,8 @@ class _Choice:
                 control_ids = self._frontend.control_ids
                 params.extra_args[control.KEY] = list(control_ids)
                 params.stop_token_ids = [*(params.stop_token_ids or ()), *control_ids]
-        async with aclosing(self._launch(prompt_token_ids, params)) as outputs:
+        followed = (arguments or {}).get("align_spec_companions", ())
+        async with self._frontend.places(followed), aclosing(self._launch(prompt_token_ids, params)) as outputs:
             async for output in outputs:
                 completion = output.outputs[0]
                 token_ids = list(completion.token_ids)
@@ -581,6 +599,8 @@ def _facts(config: Any, options: EngineOptions, control_ids: bool) -> EngineFact
         pilot=options.wsd.pilot is not None,
         control_ids=control_ids,
         reasoning=bool(structured.reasoning_parser) and not structured.enable_in_reasoning,
+        companions=companions.facts(config, options),
+        render=lambda name, *conversation: companions.render(options.companions[name], *conversation),
     )
 
 

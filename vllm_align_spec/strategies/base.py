@@ -6,7 +6,7 @@ and never taken back. Text, stop strings, usage and the shape of the response ar
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
@@ -83,6 +83,18 @@ class Request:
 
 
 @dataclass(frozen=True)
+class CompanionFacts:
+    """What admission must know about a second model in the worker."""
+
+    role: str
+    max_len: int
+    """Tokens of the longest sequence that it can follow."""
+    max_candidates: int
+    max_slots: int | None
+    """Requests that it follows at once; None if as many as the engine runs."""
+
+
+@dataclass(frozen=True)
 class EngineFacts:
     """What admission must know about the engine."""
 
@@ -103,10 +115,18 @@ class EngineFacts:
     """Whether the model has token ids to spare by which a processor can end a request."""
     reasoning: bool
     """Whether grammars only begin where a reasoning parser says that reasoning has ended."""
+    companions: Mapping[str, CompanionFacts] = field(default_factory=dict)
+    render: Callable[[str, str, Sequence[Mapping[str, Any]]], Sequence[int]] = lambda *_: []
+    """Companion, system prompt, conversation -> token ids as the companion's chat template writes them."""
 
 
 class Engine(Protocol):
     """The engine as one choice of one request sees it. Closing a generator aborts what it launched."""
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What admission knew."""
+        ...
 
     def generate(
         self,
@@ -179,9 +199,15 @@ Notes = dict[str, Any]
 class Strategy(Protocol):
     """A method on the response plane. Instances hold no state of a request."""
 
-    method: ClassVar[str]
+    @property
+    def method(self) -> str:
+        """Its name."""
+        ...
+
     control: ClassVar[bool]
     """Whether its token processor ends requests by control ids."""
+    structured: ClassVar[bool]
+    """Whether it can do with structured output."""
 
     def admit(self, request: Request, engine: EngineFacts) -> None:
         """Refuses what cannot be honoured.
