@@ -13,8 +13,14 @@ import torch
 import transformers
 
 from vllm_align_spec import lab
+from vllm_align_spec.strategies.guided import digests
 
 DRAFTS = 5
+COMPANIONS = {
+    "judge": {"model": str(lab.model_path("judge")), "role": "reward"},
+    "judge-other": {"model": str(lab.model_path("judge-other")), "role": "reward"},
+    "pilot": {"model": str(lab.model_path("pilot")), "role": "lm"},
+}
 HERE = Path(__file__).parent
 
 
@@ -38,6 +44,7 @@ class Engine:
                 "model": str(lab.model_path("pilot")),
                 "num_speculative_tokens": DRAFTS,
             },
+            "additional_config": {"align_spec": {"companions": COMPANIONS}},
             **config,
         }
         environment = {
@@ -115,6 +122,16 @@ class Engine:
                     "asap": request["asap"],
                     **request.get("arguments", {}),
                 }
+            if "guided" in request:
+                request["id"] = uuid.uuid4().hex
+                method, companions, arguments = request["guided"]
+                spec["extra_args"] = {
+                    method: "on",
+                    "align_spec_companions": companions,
+                    "align_spec_prefix": digests(arguments.get("align_spec_prompt", prompt), ""),
+                    "align_spec_id": request["id"],
+                    **arguments,
+                }
             prompts.append(prompt)
             params.append(spec)
         return self._ask(prompts=prompts, params=params)
@@ -124,7 +141,7 @@ class Engine:
         ids = [r["id"] for r in requests if "id" in r]
         reports = self._ask(reports=ids) if ids else {}
         for request, output in zip(requests, outputs, strict=True):
-            if "asap" in request:
+            if "asap" in request or "guided" in request:
                 output["report"] = reports[request["id"]]
             if "wsd" in request:
                 assert output["tokens"][0] == request["prompt"][-1], "the held-back prompt token comes first"
@@ -157,6 +174,13 @@ def stop_id():
 def reference(name):
     torch.set_num_threads(1)
     return transformers.AutoModelForCausalLM.from_pretrained(lab.model_path(name), dtype=torch.float32).eval()
+
+
+@cache
+def judge(name):
+    torch.set_num_threads(1)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(lab.model_path(name), dtype=torch.float32)
+    return model.eval()
 
 
 @cache

@@ -200,7 +200,7 @@ def test_a_request_that_left_unnoticed_gives_its_slot():
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(OptionError, match="reward model.*lack.*score"):
+    with pytest.raises(OptionError, match=r"reward model.*lack.*score"):
         companion(model=str(lab.model_path("pilot")))
     with pytest.raises(OptionError, match="GiB of cache"):
         companion(slots=10**7)
@@ -234,5 +234,5 @@ def test_an_architecture_that_attends_otherwise_is_refused(tmp_path):
         num_key_value_heads=1, head_dim=16, use_sliding_window=True, sliding_window=4, max_window_layers=0,
     )  # fmt: skip
     Qwen3ForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(OptionError, match="qwen3.*does not reproduce"):
+    with pytest.raises(OptionError, match=r"qwen3.*does not reproduce"):
         companion("lm", str(tmp_path))

@@ -13,6 +13,7 @@ BENCHES = {
     "overhead": "what the plugin costs where no request uses it",
     "wsd": "time and reward of weak-to-strong decoding",
     "asap": "cost, exactness and use of grammar-aligned sampling",
+    "args": "speed and effect of reward-guided search",
 }
 
 

@@ -69,6 +69,7 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
         self._entries: OrderedDict[str, int] = OrderedDict()  # id -> entry, oldest first
         self._capacity = layout.entries
+        self._asked: dict[str, frozenset[str]] = {}  # id -> methods that admitted it
         self._errors: dict[str, str] = {}
         self._entered: dict[int, torch.Tensor | None] = {}  # slot -> its tokens; None if runner V2 has them
         slots = self.slots = max_reqs + 1
@@ -140,6 +141,7 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
                         raise RuntimeError(f"patches {missing} are not in force in the worker")
                     if not known:
                         processor.admit(entry, extra, prompt_len)
+                        self._asked[identity] |= {processor.method}
                         if resumed:
                             raise RuntimeError("preempted for so long that its state was dropped")
                 except Exception as error:  # nothing a request contains may kill the engine
@@ -156,8 +158,10 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             placed = {i for i in self._ids if i is not None}
             oldest = next(i for i in self._entries if i not in placed)
             entry = self._entries.pop(oldest)
+            self._asked.pop(oldest)
             self._errors.pop(oldest, None)
         self._entries[identity] = entry
+        self._asked[identity] = frozenset()
         return entry
 
     def _remove(self, slot: int) -> None:
@@ -339,9 +343,9 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         known = [i for i in ids if i in self._entries]
         found: dict[str, dict[str, Any]] = {i: {} for i in known}
         for processor in self._processors:
-            for identity, report in zip(
-                known, processor.reports([self._entries[i] for i in known]) if known else (), strict=True
-            ):
+            asked = [i for i in known if processor.method in self._asked[i]]
+            reports = processor.reports([self._entries[i] for i in asked]) if asked else ()
+            for identity, report in zip(asked, reports, strict=True):
                 found[identity][processor.method] = report
         for identity in known:
             if identity in self._errors:
