@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 
 import pytest
-from serving import SPECULATION, PilotEndpoint, start_server, stop_server
+from serving import MODELS, SPECULATION, PilotEndpoint, start_server, stop_server
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory, pilot):
     """The server; it must be alive when the tests are done."""
     options = {
-        "align_spec": {"wsd": {"pilot": {"url": pilot.url, "model": "pilot", "timeout_s": 5, "chunk_tokens": 8}}}
+        "align_spec": {
+            "wsd": {"pilot": {"url": pilot.url, "model": "pilot", "timeout_s": 5, "chunk_tokens": 8}},
+            "companions": {
+                "judge": {"model": str(MODELS / "judge"), "role": "reward", "max_len": 512},
+                "judge-other": {"model": str(MODELS / "judge-other"), "role": "reward"},
+                "aligned": {"model": str(MODELS / "pilot"), "role": "lm"},
+            },
+        }
     }
     arguments = ["--speculative-config", SPECULATION, "--additional-config", json.dumps(options)]
     server = start_server(tmp_path_factory.mktemp("server") / "log", *arguments)
