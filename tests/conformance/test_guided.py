@@ -186,3 +186,16 @@ def test_args_without_speculation(engines, runner, speculative):
     check(requests, outputs)
     assert args_law(prompts()[0], outputs[0]["tokens"], ["judge"], [1.0], 5) <= 2
     assert args_law(prompts()[1], outputs[1]["tokens"], ["judge"], [1.5], 10) <= 2
+
+
+@pytest.mark.slow
+def test_preempted_requests_keep_to_the_law(engines, runner):
+    # So few blocks of 32 tokens cannot hold what the requests need together.
+    blocks, count, length = (14, 6, 90) if runner == "v1" else (8, 4, 44)
+    engine = engines(runner, num_gpu_blocks_override=blocks, enable_prefix_caching=False, max_model_len=224)
+    requests = [args(p, max_tokens=length) for p in prompts()[:count]]
+    outputs = engine.generate(requests)
+    check(requests, outputs)
+    assert sum(args_law(p, o["tokens"], ["judge"], [1.0], 5) for p, o in zip(prompts(), outputs, strict=False)) <= 20
+    assert any(output["report"]["args"]["preempted"] for output in outputs), "the test shows nothing"
+    assert all(len(output["tokens"]) == length for output in outputs)

@@ -10,6 +10,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from vllm_align_spec import lab
 from vllm_align_spec.companion.model import BLOCK, Companion
 from vllm_align_spec.options import CompanionOptions, OptionError
+from vllm_align_spec.processors.args import ArgsProcessor
+from vllm_align_spec.processors.dera import DeraProcessor
+from vllm_align_spec.processors.rows import Layout, Rows
 from vllm_align_spec.strategies.guided import digests
 
 ROWS, SLOTS, VOCAB, K = 4, 6, 4096, 5
@@ -236,3 +239,52 @@ def test_an_architecture_that_attends_otherwise_is_refused(tmp_path):
     Qwen3ForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(OptionError, match=r"qwen3.*does not reproduce"):
         companion("lm", str(tmp_path))
+
+
+def rows_of(logits, position, fed):
+    requests = len(logits)
+    return Rows(
+        logits=logits, index=torch.arange(requests)[:, None], count=torch.ones(requests, dtype=torch.int64),
+        position=torch.tensor(position), fed=torch.tensor(fed), draft=torch.full((requests, 1), -1),
+        entry=torch.arange(requests), entry_np=np.arange(requests),
+    )  # fmt: skip
+
+
+def test_a_reward_that_is_no_number_is_left_out_and_reported():
+    second = companion(rows=1)
+    processor = ArgsProcessor(Layout(torch.device("cpu"), 64, 1, VOCAB, companions={"judge": second}))
+    arguments = {
+        "args_weight": [1.0], "args_top_k": 3, "args_entropy_gate": 0.0, "align_spec_companions": ["judge"],
+        "align_spec_prefix": [],
+    }  # fmt: skip
+    for entry in range(2):
+        processor.admit(entry, arguments, 3)
+        processor.enter(entry, torch.tensor([1, 2, 3]))
+    processor.flush()
+    head, calls = second._head, []
+    second._head = lambda hidden: calls.append(1) or head(hidden) * torch.tensor([1.0, torch.nan]).view(2, 1, 1)
+    logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(0))
+    bent = logits.clone()
+    processor.apply(rows_of(bent, [2, 2], [3, 3]))
+    assert calls
+    top = logits.topk(3)
+    assert bent.isfinite().sum(1).tolist() == [3, 3]
+    assert torch.equal(bent[1].gather(0, top.indices[1]), top.values[1])
+    assert not torch.equal(bent[0].gather(0, top.indices[0]), top.values[0])
+    good, bad = processor.reports([0, 1])
+    assert (good["rows"], good["unanswered"], "error" in good) == (1, 0, False)
+    assert (bad["rows"], bad["unanswered"], "error" in bad) == (0, 1, True)
+
+
+def test_a_request_that_its_companion_lost_decodes_plainly():
+    second = companion("lm", rows=1)
+    processor = DeraProcessor(Layout(torch.device("cpu"), 64, 1, VOCAB, companions={"pilot": second}))
+    arguments = {"dera_lambda": 0.5, "align_spec_companions": ["pilot"], "align_spec_prefix": []}
+    processor.admit(0, arguments, 3)
+    processor.enter(0, torch.tensor([1, 2, 3]))
+    processor.flush()
+    assert processor.active(np.array([0])).all()
+    second.leave(0)
+    assert not processor.active(np.array([0])).any()
+    (report,) = processor.reports([0])
+    assert "lost" in report["error"]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vllm_align_spec.engine.offline import LLM
 
 TOKENS = 128
-LOOP_TOKENS = 32
+LOOP_TOKENS = 128
 TOP_K = 10
 WEIGHT = 1.0
 BASE, BATCHES, TOP_KS, PROMPTS = {"batch": 1, "k": TOP_K, "prompt": 0}, (1, 2, 4, 8, 16), (1, 5, 10, 40), (64, 256, 768)

@@ -34,6 +34,7 @@ class Guided(Processor):
         self._arguments: dict[int, Mapping[str, Any]] = {}
         self._prompt_len = np.zeros(entries, dtype=np.int64)
         self._off = np.zeros(entries, dtype=bool)
+        self._entered = np.zeros(entries, dtype=np.int64)  # times that it came into the batch
         self.constants = torch.zeros(entries, self.width, device=layout.device)  # per request, see `constants_of`
         self._staged: dict[int, Sequence[float]] = {}
         # Rows bent, and rows where the companion's answer was no number.
@@ -54,11 +55,13 @@ class Guided(Processor):
         self._arguments[entry] = arguments
         self._prompt_len[entry] = prompt_len
         self._off[entry] = False
+        self._entered[entry] = 0
         self._staged[entry] = self.constants_of(arguments)
 
     def enter(self, entry: int, tokens: torch.Tensor) -> None:
         """Tells the companions what precedes the token that the target is fed next."""
         arguments = self._arguments[entry]
+        self._entered[entry] += 1
         prompt_len = int(self._prompt_len[entry])
         prompt = arguments.get("align_spec_prompt")
         if prompt is not None:
@@ -114,6 +117,7 @@ class Guided(Processor):
             report = {
                 "rows": rows,
                 "unanswered": unanswered,
+                "preempted": max(0, int(self._entered[entry]) - 1),
                 "companions": self._arguments[entry]["align_spec_companions"],
             }
             if unanswered:

@@ -103,6 +103,7 @@ class GuidedStrategy:
             "companions": notes.get("companions"),
             "rows": worker.get("rows"),
             "unanswered": worker.get("unanswered"),
+            "preempted": worker.get("preempted"),
         }
         if "error" in worker:
             report |= {"error": worker["error"], "reason": "failed"}
