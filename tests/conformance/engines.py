@@ -125,10 +125,13 @@ class Engine:
             if "guided" in request:
                 request["id"] = uuid.uuid4().hex
                 method, companions, arguments = request["guided"]
+                own = request.get("own_prompt")
                 spec["extra_args"] = {
                     method: "on",
-                    "align_spec_companions": companions,
-                    "align_spec_prefix": digests(arguments.get("align_spec_prompt", prompt), ""),
+                    "align_spec_companions": {
+                        name: {"prefix": digests(own or prompt, ""), **({"prompt": own} if own else {})}
+                        for name in companions
+                    },
                     "align_spec_id": request["id"],
                     **arguments,
                 }

@@ -151,7 +151,7 @@ def test_formulas_over_whole_rows(engine):
 def test_a_companion_with_a_prompt_of_its_own(engine):
     persona = prompts()[12]
     prompt = prompts()[13]
-    (output,) = engine.generate([lm("dera", prompt, {"dera_lambda": 1.0, "align_spec_prompt": persona})])
+    (output,) = engine.generate([{**lm("dera", prompt, {"dera_lambda": 1.0}), "own_prompt": persona}])
     # At lambda = 1 only the companion decides: its own greedy answer to its own prompt.
     assert greedy("pilot", persona, output["tokens"], 0, len(output["tokens"])) <= 1
 

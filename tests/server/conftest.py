@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 from serving import MODELS, SPECULATION, PilotEndpoint, start_server, stop_server
 
+sys.path.append(str(Path(__file__).parents[1] / "unit"))
+import foreign_judge
+
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory, pilot):
+def server(tmp_path_factory, pilot, foreign):
     """The server; it must be alive when the tests are done."""
     options = {
         "align_spec": {
@@ -18,6 +23,7 @@ def server(tmp_path_factory, pilot):
                 "judge": {"model": str(MODELS / "judge"), "role": "reward", "max_len": 512},
                 "judge-other": {"model": str(MODELS / "judge-other"), "role": "reward"},
                 "aligned": {"model": str(MODELS / "pilot"), "role": "lm"},
+                "foreign": {"model": str(foreign[0]), "role": "reward", "max_candidates": 5},
             },
         }
     }
@@ -27,6 +33,13 @@ def server(tmp_path_factory, pilot):
     alive = server.process.poll() is None and server.get("/health")[0] == 200
     stop_server(server)
     assert alive, server.log.read_text()[-3000:]
+
+
+@pytest.fixture(scope="session")
+def foreign(tmp_path_factory):
+    """Folder, model and tokenizer of a reward model that cuts text otherwise than the base model."""
+    folder = tmp_path_factory.mktemp("foreign")
+    return folder, *foreign_judge.save(folder)
 
 
 @pytest.fixture(scope="session")

@@ -60,6 +60,27 @@ def test_args_answers_as_the_published_loop_does(server):
     assert server.metric("align_spec:guided_rows_total", method="args") >= 24
 
 
+def test_a_judge_with_another_tokenizer_reads_the_text(server, foreign):
+    from vllm_align_spec.companion.bridge import pieces
+
+    _, judge, theirs = foreign
+    base = AutoModelForCausalLM.from_pretrained(MODELS / "base", dtype=torch.float32).eval()
+    prompt, table = tokenizer().encode(PROMPT, add_special_tokens=False), pieces(tokenizer(), theirs, 4096)
+    xargs = {"args": True, "args_reward": "foreign", "args_weight": 2.0, "args_top_k": 4}
+    found = server.complete(xargs=xargs, extra_body=IDS, max_tokens=16).choices[0].token_ids
+    close = 0
+    for t, chosen in enumerate(found):
+        with torch.inference_mode():
+            values, candidates = base(torch.tensor([prompt + found[:t]])).logits[0, -1].topk(4)
+            for j, candidate in enumerate(candidates.tolist()):
+                text = theirs.encode(PROMPT) + [p for token in [*found[:t], candidate] for p in table[token]]
+                hidden = judge.model(input_ids=torch.tensor([text])).last_hidden_state
+                values[j] += 2.0 * judge.score(hidden[0, -1])[0]
+        close += int((values > values.max() - 1e-2).sum() > 1)
+        assert chosen == candidates[values.argmax()] or close
+    assert close <= 1
+
+
 def test_a_stream_says_the_same(server):
     whole = server.complete(xargs=ARGS).choices[0].text
     streamed = "".join(event.choices[0].text for event in server.complete(xargs=ARGS, stream=True) if event.choices)

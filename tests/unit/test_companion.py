@@ -67,7 +67,9 @@ class Followed:
 
     def enter(self, second):
         """``shift`` tokens more stand before what the target knows."""
-        second.enter(self.entry, torch.tensor(self.sequence[:-1]), self.shift, digests(self.prompt, ""))
+        n = len(self.prompt)
+        known = torch.tensor(self.sequence)
+        second.enter(self.entry, known[:n], known[n:], n - self.shift, digests(self.prompt, ""))
 
 
 def step(second, requests, drafts, candidates):
@@ -181,7 +183,7 @@ def test_known_beginnings_are_not_read_again(plain_judge):
         assert said[line, 0, 0].item() == pytest.approx(expected, abs=TOLERANCE)
     # Another tenant's equal prompt is read for itself.
     third = Followed(2, first.sequence)
-    judge.enter(2, torch.tensor(third.sequence[:-1]), 0, digests(third.prompt, "salt"))
+    judge.read(2, torch.tensor(third.sequence[:-1]), 0, digests(third.prompt, "salt"))
     judge.prepare()
     assert seen[-1] == 3 * BLOCK + 1
 
@@ -210,7 +212,7 @@ def test_refusals(tmp_path):
     with pytest.raises(OptionError, match="cannot be loaded"):
         companion(model=str(tmp_path))
     with pytest.raises(RuntimeError, match="exceed the 320"):
-        companion().enter(0, torch.zeros(320, dtype=torch.int64), 0, ())
+        companion().read(0, torch.zeros(320, dtype=torch.int64), 0, ())
 
 
 def test_another_architecture(tmp_path):
@@ -254,8 +256,8 @@ def test_a_reward_that_is_no_number_is_left_out_and_reported():
     second = companion(rows=1)
     processor = ArgsProcessor(Layout(torch.device("cpu"), 64, 1, VOCAB, companions={"judge": second}))
     arguments = {
-        "args_weight": [1.0], "args_top_k": 3, "args_entropy_gate": 0.0, "align_spec_companions": ["judge"],
-        "align_spec_prefix": [],
+        "args_weight": [1.0], "args_top_k": 3, "args_entropy_gate": 0.0,
+        "align_spec_companions": {"judge": {"prefix": []}},
     }  # fmt: skip
     for entry in range(2):
         processor.admit(entry, arguments, 3)
@@ -279,7 +281,7 @@ def test_a_reward_that_is_no_number_is_left_out_and_reported():
 def test_a_request_that_its_companion_lost_decodes_plainly():
     second = companion("lm", rows=1)
     processor = DeraProcessor(Layout(torch.device("cpu"), 64, 1, VOCAB, companions={"pilot": second}))
-    arguments = {"dera_lambda": 0.5, "align_spec_companions": ["pilot"], "align_spec_prefix": []}
+    arguments = {"dera_lambda": 0.5, "align_spec_companions": {"pilot": {"prefix": []}}}
     processor.admit(0, arguments, 3)
     processor.enter(0, torch.tensor([1, 2, 3]))
     processor.flush()

@@ -67,7 +67,7 @@ def test_equal_digests_are_equal_beginnings(tokens, change):
 
 
 def facts(**roles):
-    known = {name: CompanionFacts(role, 512, 40, None) for name, role in roles.items()}
+    known = {name: CompanionFacts(role, 512, 40, False, None) for name, role in roles.items()}
     return EngineFacts(None, "greedy", "standard", True, False, True, False, True, False, known)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import math
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -61,7 +62,9 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
         "quick": quick,
     }
     with ExitStack() as stack:
-        engine = stack.enter_context(_engine())
+        foreign = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        _save_foreign_judge(foreign)
+        engine = stack.enter_context(_engine(foreign))
         prompts = _prompts(engine)
         with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
             task = progress.add_task("", total=len(settings) + loops + len(weights) + 1)
@@ -82,8 +85,22 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
     result.finish(json_file, out, started)
 
 
-def _engine() -> LLM:
-    companions = {"judge": {"model": str(lab.model_path("judge")), "role": "reward"}}
+def _save_foreign_judge(folder: Path) -> None:
+    """A reward model of the judge's shape that cuts text as the lab's other pilot does; for its speed alone."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(lab.model_path("pilot-other"))
+    config = AutoConfig.from_pretrained(lab.model_path("judge"))
+    config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _engine(foreign: Path) -> LLM:
+    companions = {
+        "judge": {"model": str(lab.model_path("judge")), "role": "reward"},
+        "foreign": {"model": str(foreign), "role": "reward"},
+    }
     return start_engine(
         str(lab.model_path("base")),
         "the judge as its companion",
@@ -113,19 +130,26 @@ def _prompts(engine: LLM) -> list[list[int]]:
 
 
 def _generate(
-    engine: LLM, prompts: Sequence[list[int]], weight: float | None, top_k: int = TOP_K, **params: Any
+    engine: LLM,
+    prompts: Sequence[list[int]],
+    weight: float | None,
+    top_k: int = TOP_K,
+    companion: str = "judge",
+    **params: Any,
 ) -> tuple[float, list[Any]]:
     """Seconds and outputs; a weight of None is plain decoding."""
     from vllm import SamplingParams
 
-    guided = None if weight is None else {"args": "on", "args_weight": weight, "args_top_k": top_k}
+    guided = {"args": "on", "args_reward": companion, "args_weight": weight, "args_top_k": top_k}
     told = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True, **params}
     time.sleep(PAUSE_S)
     began = time.perf_counter()
     outputs = engine.generate(
         [{"prompt_token_ids": ids} for ids in prompts],
         [
-            SamplingParams(extra_args=guided, seed=i if told["temperature"] else None, **told)
+            SamplingParams(
+                extra_args=None if weight is None else guided, seed=i if told["temperature"] else None, **told
+            )
             for i in range(len(prompts))
         ],
         use_tqdm=False,
@@ -141,14 +165,17 @@ def setting_name(setting: dict[str, int]) -> str:
 def _measure(engine: LLM, prompts: list[list[int]], setting: dict[str, int], repeats: int, result: Result) -> None:
     """Plain and guided in turn; the first round warms up and does not count."""
     batch, length = setting["batch"], setting["prompt"]
-    seconds: dict[str, list[float]] = {"plain": [], "guided": []}
+    seconds: dict[str, list[float]] = {"plain": [], "guided": [], "bridged": []}
     for repeat in range(-1, repeats):
         first = max(repeat, 0) * batch
         chosen = [prompts[(first + i) % len(prompts)] for i in range(batch)]
         if length:
             chosen = [(prompt * (length // len(prompt) + 1))[-length:] for prompt in chosen]
-        for way, weight in (("plain", None), ("guided", WEIGHT)):
-            spent, _ = _generate(engine, chosen, weight, setting["k"])
+        ways = (("plain", None, "judge"), ("guided", WEIGHT, "judge"), ("bridged", WEIGHT, "foreign"))
+        for way, weight, companion in ways:
+            if way == "bridged" and setting["k"] != TOP_K:
+                continue
+            spent, _ = _generate(engine, chosen, weight, setting["k"], companion)
             if repeat >= 0:
                 seconds[way].append(spent)
     result.samples.setdefault("seconds", {})[setting_name(setting)] = seconds
@@ -219,6 +246,9 @@ def _figures(result: Result) -> None:
         aim = ">= 0.65" if not changed and words["batch"] in ("1", "8") else ""
         found = median(ratios(seconds["plain"], seconds["guided"]), aim)
         result.figures[f"throughput_ratio_batch_{words['batch']}{changed}"] = found
+        if seconds["bridged"] and not changed:
+            found = median(ratios(seconds["plain"], seconds["bridged"]))
+            result.figures[f"throughput_ratio_batch_{words['batch']}_other_tokenizer"] = found
     seconds = result.samples["loop_seconds"]
     result.figures["speedup_over_loop"] = median(ratios(seconds["loop"], seconds["guided"]), ">= 20")
     result.figures["loop_same_tokens"] = mean([float(same) for same in result.samples["loop_same_tokens"]])

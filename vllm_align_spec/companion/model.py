@@ -53,7 +53,7 @@ class Companion:
         device: where it runs.
         dtype: of weights and cache unless the options name one.
         slots: requests that the engine runs at once.
-        rows: L, the most rows of a request in one step.
+        rows: L, the most tokens that a request is fed in one step.
         entries: E, as in `processors.rows.Layout`.
         max_len: longest sequence of the engine, in tokens.
 
@@ -111,7 +111,7 @@ class Companion:
         self._head = self._find_head(where)
         self._cache = _Cache(shape, dtype, device)
         self.weight_bytes = sum(p.numel() * p.element_size() for p in self._model.parameters())
-        self._grid = torch.arange(rows * (1 + max(self.max_candidates, 1)), device=device)
+        self._grid = torch.arange(rows * max(self.max_candidates, 1), device=device)
 
         self._slot = np.full(entries, -1)  # of an entry
         self._shift = np.zeros(entries, dtype=np.int64)  # column of a token minus its position in the target's sequence
@@ -156,18 +156,31 @@ class Companion:
 
     # Requests --------------------------------------------------------------------------------------------------
 
-    def enter(self, entry: int, tokens: torch.Tensor, shift: int, digests: Sequence[int]) -> None:
+    def enter(
+        self, entry: int, prompt: torch.Tensor, response: torch.Tensor, prompt_len: int, digests: Sequence[int]
+    ) -> None:
         """A request enters the engine's batch, for the first time or again; `prepare` does the work.
 
         Args:
             entry: the request's.
-            tokens: [n] int64, what the companion has to know before the target samples next: everything but the last
-                token of the target's sequence.
-            shift: columns minus positions, if the companion's prompt is not the target's.
-            digests: one for each whole block of `BLOCK` tokens of the prompt; equal ones stand for equal beginnings.
+            prompt: [p] int64, as the companion reads it; p >= 1.
+            response: [n] int64, tokens so far. The last one of all is fed with the next step and not before.
+            prompt_len: tokens of the prompt as the target reads it.
+            digests: one for each whole block of `BLOCK` tokens of ``prompt``; equal ones stand for equal beginnings.
 
         Raises:
             RuntimeError: more requests than slots, or a sequence that is too long.
+        """
+        self.read(entry, torch.cat([prompt, response])[:-1], len(prompt) - prompt_len, digests)
+
+    def read(self, entry: int, tokens: torch.Tensor, shift: int, digests: Sequence[int]) -> None:
+        """Gives a request a slot and has `prepare` bring ``tokens`` into it; see `enter`.
+
+        Args:
+            entry: the request's.
+            tokens: [n] int64, everything before the next step's chain.
+            shift: columns minus positions of the tokens to come.
+            digests: as for `enter`.
         """
         if len(tokens) >= self.max_len:
             raise RuntimeError(f"{len(tokens) + 1} tokens exceed the {self.max_len} of companion {self.name}")
@@ -273,9 +286,34 @@ class Companion:
         Returns:
             [S, L, k] float32; rows beyond ``count`` repeat the last one.
         """
-        hidden = self._step(entry, position, count, chain, candidates)[:, chain.shape[1] :]
+        after = self._grid[: chain.shape[1]].expand_as(chain)
+        return repeat_last(self.score(entry, position, count, chain, after, candidates[..., None])[..., 0], count)
+
+    def score(
+        self,
+        entry: np.ndarray[Any, Any],
+        position: torch.Tensor,
+        count: torch.Tensor,
+        chain: torch.Tensor,
+        after: torch.Tensor,
+        candidates: torch.Tensor,
+    ) -> torch.Tensor:
+        """As `rewards`, for candidates of several tokens and not behind every token of the chain.
+
+        Args:
+            entry: [S], on the host.
+            position: [S] int64, of the chain's first token.
+            count: [S] int64, tokens of the chain that are real.
+            chain: [S, C] int64.
+            after: [S, G] int64, the token of the chain behind which a group of candidates stands.
+            candidates: [S, G, k, m] int64.
+
+        Returns:
+            [S, G, k, m] float32, the reward at each token of each candidate.
+        """
+        hidden = self._step(entry, position, count, chain, after, candidates)[:, chain.shape[1] :]
         rewards: torch.Tensor = self._head(hidden).float().view(candidates.shape)
-        return _repeat_last(rewards, count)
+        return rewards
 
     def logits(
         self, entry: np.ndarray[Any, Any], position: torch.Tensor, count: torch.Tensor, chain: torch.Tensor
@@ -291,8 +329,8 @@ class Companion:
         Returns:
             [S, L, V'] float32, V' the companion's vocabulary; rows beyond ``count`` repeat the last one.
         """
-        nothing = chain.new_empty(*chain.shape, 0)
-        hidden = _repeat_last(self._step(entry, position, count, chain, nothing), count)
+        nothing = chain.new_empty(*chain.shape, 0, 1)
+        hidden = repeat_last(self._step(entry, position, count, chain, chain, nothing), count)
         logits: torch.Tensor = self._head(hidden).float()
         return logits
 
@@ -302,10 +340,12 @@ class Companion:
         position: torch.Tensor,
         count: torch.Tensor,
         chain: torch.Tensor,
+        after: torch.Tensor,
         candidates: torch.Tensor,
     ) -> torch.Tensor:
         self._ticks += 1
-        requests, rows, k = candidates.shape
+        requests, rows = chain.shape
+        _, groups, k, pieces = candidates.shape
         slots = self._slot[entry]
         self._stepped[slots] = self._ticks
         bound = np.minimum(self._bound[slots] + rows, self.max_len)
@@ -320,17 +360,19 @@ class Companion:
         seen = (r < count[:, None]) & (row < self.max_len)
         column = torch.where(seen, row, trash)
         limit = torch.where(seen, row, 0)
+        tokens, place, start = chain, limit, column
         if k:
-            own = base + rows + self._grid[: rows * k]
-            of_row = limit.repeat_interleave(k, 1)
-            seen_k = seen.repeat_interleave(k, 1)
+            own = base + rows + self._grid[: groups * k * pieces]
+            behind = limit.gather(1, after).repeat_interleave(k * pieces, 1)
+            real = seen.gather(1, after).repeat_interleave(k * pieces, 1)
+            piece = (self._grid[:pieces]).repeat(groups * k)
             tokens = torch.cat([chain, candidates.reshape(requests, -1)], 1)
-            column = torch.cat([column, torch.where(seen_k, own, trash)], 1)
-            place = torch.cat([limit, torch.where(seen_k, of_row + 1, 0)], 1)
-            limit = torch.cat([limit, of_row], 1)
-        else:
-            tokens, place = chain, limit
-        return self._forward(slots, tokens, column, limit, place, int(bound.max(initial=0)) + rows * k)
+            column = torch.cat([column, torch.where(real, own, trash)], 1)
+            start = torch.cat([start, torch.where(real, own - piece, trash)], 1)
+            place = torch.cat([limit, torch.where(real, behind + 1 + piece, 0)], 1)
+            limit = torch.cat([limit, behind], 1)
+        span = int(bound.max(initial=0)) + groups * k * pieces
+        return self._forward(slots, tokens, column, limit, place, span, start if pieces > 1 else None)
 
     @torch.inference_mode()
     def _forward(
@@ -341,6 +383,7 @@ class Companion:
         limit: torch.Tensor,
         place: torch.Tensor,
         span: int,
+        start: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One pass over some lines.
 
@@ -351,6 +394,7 @@ class Companion:
             limit: [B, Q] int64, the last column that it sees besides its own.
             place: [B, Q] int64, its position for the model.
             span: columns that anything here sees.
+            start: [B, Q] int64, the first column of the candidate that a token belongs to; None if its own is.
 
         Returns:
             [B, Q, H], after the model's final norm.
@@ -367,16 +411,20 @@ class Companion:
             def spread(values: torch.Tensor, rest: int) -> torch.Tensor:
                 return torch.full((wide, values.shape[1]), rest, device=self.device).index_copy_(0, line, values)
 
+            trash = self.columns - 1
             tokens, column, limit, place = (
-                spread(values, rest)
-                for values, rest in ((tokens, 0), (column, self.columns - 1), (limit, 0), (place, 0))
+                spread(values, rest) for values, rest in ((tokens, 0), (column, trash), (limit, 0), (place, 0))
             )
+            start = None if start is None else spread(start, trash)
             at, here = torch.arange(wide, device=self.device), slice(wide)
         else:
             at = torch.arange(len(slots), device=self.device) if line is None else line
             here = slice(len(slots)) if line is None else line
         seen = torch.arange(span, device=self.device)
-        sees = (seen <= limit[..., None]) | (seen == column[..., None])
+        itself = seen == column[..., None]
+        if start is not None:
+            itself = (seen >= start[..., None]) & (seen <= column[..., None])
+        sees = (seen <= limit[..., None]) | itself
         group = self._cache.group(self._model.config)
         mask = torch.zeros(sees.shape, dtype=self._cache.dtype, device=self.device).masked_fill_(~sees, -torch.inf)
         self._cache.point((at[:, None] * columns + column).reshape(-1), here, span)
@@ -399,12 +447,12 @@ class Companion:
         with torch.inference_mode():
             plain = self._body(input_ids=tokens, use_cache=False).last_hidden_state
             self._model.set_attn_implementation(ATTENTION)
-            self.enter(0, tokens[0, :n], 0, ())
+            self.read(0, tokens[0, :n], 0, ())
             self.prepare()
             one = np.zeros(1, dtype=np.int64)
             ours = self._step(
                 one, torch.full((1,), n, device=self.device), torch.ones_like(tokens[0, :1]), tokens[:, n : n + 1],
-                tokens[:, n + 1 : n + 2, None],
+                torch.zeros_like(tokens[:, :1]), tokens[:, n + 1 : n + 2, None, None],
             )  # fmt: skip
         self.leave(0)
         self._bound[:] = 0
@@ -469,7 +517,7 @@ def _attend(
     return out.reshape(lines, heads, queries, dim).transpose(1, 2), None
 
 
-def _repeat_last(values: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+def repeat_last(values: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """[S, L, X] with the last row that counts in place of those behind it: lines that stand for one row agree."""
     rows = values.shape[1]
     if rows == 1:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
 
+from vllm_align_spec.companion.bridge import BridgedCompanion, pieces
 from vllm_align_spec.companion.model import Companion, load_config
 from vllm_align_spec.options import CompanionOptions, EngineOptions, OptionError
-from vllm_align_spec.strategies.base import CompanionFacts
+from vllm_align_spec.strategies.base import CompanionFacts, Request
 
 PROBE = 'The 3 quick foxes said: "naïve café" — {"x": [1, 2.50]}\n\t日本語 🙂'
 
 
-def load(config: Any, options: EngineOptions, device: torch.device, rows: int, entries: int) -> Mapping[str, Companion]:
+def load(
+    config: Any, options: EngineOptions, device: torch.device, rows: int, entries: int
+) -> Mapping[str, Companion | BridgedCompanion]:
     """The companions of a worker; none where rows are not sampled.
 
     Args:
@@ -35,21 +39,31 @@ def load(config: Any, options: EngineOptions, device: torch.device, rows: int, e
         < parallel.pipeline_parallel_size - 1
     ):
         return {}
-    for name, one in options.companions.items():
-        _same_tokens(config.model_config, name, one)
     return {
-        name: Companion(
+        name: _load(name, one, config, device=device, rows=rows, entries=entries)
+        for name, one in options.companions.items()
+    }
+
+
+def _load(
+    name: str, options: CompanionOptions, config: Any, *, device: torch.device, rows: int, entries: int
+) -> Companion | BridgedCompanion:
+    def make(fed: int) -> Companion:
+        return Companion(
             name,
-            one,
+            options,
             device=device,
             dtype=config.model_config.dtype,
             slots=config.scheduler_config.max_num_seqs,
-            rows=rows,
+            rows=fed,
             entries=entries,
             max_len=config.model_config.max_model_len,
         )
-        for name, one in options.companions.items()
-    }
+
+    tokenizers = _other_tokens(config.model_config, name, options)
+    if tokenizers is None:
+        return make(rows)
+    return BridgedCompanion(pieces(*tokenizers, config.model_config.get_vocab_size()), rows, entries, make)
 
 
 def facts(config: Any, options: EngineOptions) -> dict[str, CompanionFacts]:
@@ -58,40 +72,56 @@ def facts(config: Any, options: EngineOptions) -> dict[str, CompanionFacts]:
     for name, one in options.companions.items():
         text = load_config(name, one).get_text_config()
         limit = min(config.model_config.max_model_len, one.max_len or 2**62, text.max_position_embeddings)
-        found[name] = CompanionFacts(one.role, limit, one.max_candidates, one.max_slots)
+        bridged = _other_tokens(config.model_config, name, one) is not None
+        found[name] = CompanionFacts(one.role, limit, one.max_candidates, bridged, one.max_slots)
     return found
 
 
-def render(options: CompanionOptions, persona: str, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """A conversation as the companion's chat template writes it, with a system prompt of its own.
+def render(model_config: Any, options: CompanionOptions, persona: str | None, request: Request) -> list[int]:
+    """A request's prompt as a companion reads it: the conversation in its chat template, or else the text.
+
+    Args:
+        model_config: vLLM's.
+        options: the companion's.
+        persona: system prompt in place of the conversation's own.
+        request: the client's.
 
     Raises:
-        OptionError: the companion has no chat template, or it cannot write this conversation.
+        OptionError: its chat template cannot write this conversation.
     """
     tokenizer = _tokenizer(options.model, options.revision)
-    conversation = [{"role": "system", "content": persona}, *(m for m in messages if m.get("role") != "system")]
+    if request.messages is None or (persona is None and not tokenizer.chat_template):
+        text = request.prompt_text
+        if text is None:
+            text = _tokenizer(model_config.tokenizer, model_config.tokenizer_revision).decode(request.prompt_token_ids)
+        return list(tokenizer.encode(text)) or [tokenizer.bos_token_id or tokenizer.eos_token_id or 0]
+    conversation = list(request.messages)
+    if persona is not None:
+        conversation = [{"role": "system", "content": persona}, *(m for m in conversation if m.get("role") != "system")]
     try:
         rendered = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=True)
     except Exception as error:  # templates raise what they like
         raise OptionError(
-            f"pad_persona: the companion's chat template cannot write this conversation ({error}); "
-            "accepted: a companion with a chat template that knows system prompts",
-            "pad_persona",
+            f"the companion's chat template cannot write this conversation ({error}); accepted: a conversation, or a "
+            "companion with a chat template, that goes with it",
+            "pad_persona" if persona is not None else "unknown",
         ) from None
     return list(rendered["input_ids"] if isinstance(rendered, Mapping) else rendered)
 
 
+@cache
 def _tokenizer(model: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
 
 
-def _same_tokens(model_config: Any, name: str, options: CompanionOptions) -> None:
-    """Refuses a companion that would read other text into the target's token ids.
+def _other_tokens(model_config: Any, name: str, options: CompanionOptions) -> tuple[Any, Any] | None:
+    """Tokenizers of target and companion, if they cut text differently; None if the companion can read the target's
+    tokens.
 
     Raises:
-        OptionError: names both sides.
+        OptionError: it cannot, and there is no bridge either; names both sides.
     """
     where = f"additional_config.align_spec.companions.{name}.model={options.model!r}"
     try:
@@ -107,9 +137,12 @@ def _same_tokens(model_config: Any, name: str, options: CompanionOptions) -> Non
                 f"{where} has a vocabulary of {vocabulary}, the served model one of {model_config.get_vocab_size()}, "
                 "and not both have a tokenizer; accepted: a companion with the served model's tokenizer"
             ) from None
-        return
-    if ours.get_vocab() != theirs.get_vocab() or ours.encode(PROBE) != theirs.encode(PROBE):
+        return None
+    if ours.get_vocab() == theirs.get_vocab() and ours.encode(PROBE) == theirs.encode(PROBE):
+        return None
+    if options.role == "lm":
         raise OptionError(
-            f"{where} reads text in other tokens ({len(theirs)} of them) than {model_config.tokenizer!r} "
-            f"({len(ours)}); accepted: a companion with the served model's tokenizer"
+            f"{where} cuts text into other tokens ({len(theirs)} of them) than {model_config.tokenizer!r} "
+            f"({len(ours)}): their logits cannot be combined; accepted: a companion with the served model's tokenizer"
         )
+    return ours, theirs

@@ -600,7 +600,7 @@ def _facts(config: Any, options: EngineOptions, control_ids: bool) -> EngineFact
         control_ids=control_ids,
         reasoning=bool(structured.reasoning_parser) and not structured.enable_in_reasoning,
         companions=companions.facts(config, options),
-        render=lambda name, *conversation: companions.render(options.companions[name], *conversation),
+        render=lambda name, *asked: companions.render(config.model_config, options.companions[name], *asked),
     )
 
 

@@ -17,9 +17,8 @@ _Entries = np.ndarray[Any, np.dtype[np.int64]]
 class Guided(Processor):
     """A method that follows its requests with companions.
 
-    Its arguments hold, besides its options, ``align_spec_companions`` (names), ``align_spec_prefix`` (digests of the
-    companion's prompt, see `companion.model.Companion.enter`) and, where the companion's prompt is not the target's,
-    ``align_spec_prompt`` (token ids).
+    Its arguments hold, besides its options, ``align_spec_companions``: for each of them by name its ``prefix`` (digests
+    of its prompt, see `companion.model.Companion.enter`) and, where it is not the target's, its ``prompt`` (token ids).
     """
 
     drafter: ClassVar[bool] = False
@@ -62,13 +61,13 @@ class Guided(Processor):
         """Tells the companions what precedes the token that the target is fed next."""
         arguments = self._arguments[entry]
         self._entered[entry] += 1
+        tokens = tokens.to(self.device)
         prompt_len = int(self._prompt_len[entry])
-        prompt = arguments.get("align_spec_prompt")
-        if prompt is not None:
-            tokens = torch.cat([torch.tensor(prompt, dtype=torch.int64, device=tokens.device), tokens[prompt_len:]])
-        shift = 0 if prompt is None else len(prompt) - prompt_len
-        for name in arguments["align_spec_companions"]:
-            self.companions[name].enter(entry, tokens[:-1].to(self.device), shift, arguments["align_spec_prefix"])
+        for name, told in arguments["align_spec_companions"].items():
+            prompt = tokens[:prompt_len]
+            if "prompt" in told:
+                prompt = torch.tensor(told["prompt"], dtype=torch.int64, device=self.device)
+            self.companions[name].enter(entry, prompt, tokens[prompt_len:], prompt_len, told["prefix"])
 
     def leave(self, entry: int) -> None:
         """Gives the companions' slots back."""
@@ -118,7 +117,7 @@ class Guided(Processor):
                 "rows": rows,
                 "unanswered": unanswered,
                 "preempted": max(0, int(self._entered[entry]) - 1),
-                "companions": self._arguments[entry]["align_spec_companions"],
+                "companions": list(self._arguments[entry]["align_spec_companions"]),
             }
             if unanswered:
                 report["error"] = f"the companion's answer was not finite in {unanswered} rows, which decoded plainly"
@@ -158,7 +157,8 @@ class Realigned(Guided):
             position, count, fed, index, entry = (
                 values if whole else values[at] for values in (rows.position, rows.count, chain, rows.index, rows.entry)
             )
-            said = self.companions[name].logits(rows.entry_np[which], position, count, fed).flatten(0, 1)
+            companion: Any = self.companions[name]  # never a bridged one: they have other logits
+            said = companion.logits(rows.entry_np[which], position, count, fed).flatten(0, 1)
             if said.shape[1] < vocabulary:  # what only the target has is padding
                 said = torch.nn.functional.pad(said, (0, vocabulary - said.shape[1]), value=-torch.inf)
             lines = index.reshape(-1)

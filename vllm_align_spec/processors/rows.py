@@ -20,6 +20,7 @@ import torch
 from vllm_align_spec.options import EngineOptions
 
 if TYPE_CHECKING:
+    from vllm_align_spec.companion.bridge import BridgedCompanion
     from vllm_align_spec.companion.model import Companion
 
 
@@ -97,7 +98,7 @@ class Layout:
     identity: Mapping[str, str] = field(default_factory=dict)
     # of ranks that hold the same state, one keeps it beyond the engine's life
     keeper: bool = True
-    companions: Mapping[str, Companion] = field(default_factory=dict)
+    companions: Mapping[str, Companion | BridgedCompanion] = field(default_factory=dict)
 
 
 class Processor(Protocol):

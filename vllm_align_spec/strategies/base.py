@@ -90,6 +90,8 @@ class CompanionFacts:
     max_len: int
     """Tokens of the longest sequence that it can follow."""
     max_candidates: int
+    bridged: bool
+    """Whether it has other tokens than the target, and so a prompt of its own."""
     max_slots: int | None
     """Requests that it follows at once; None if as many as the engine runs."""
 
@@ -116,8 +118,8 @@ class EngineFacts:
     reasoning: bool
     """Whether grammars only begin where a reasoning parser says that reasoning has ended."""
     companions: Mapping[str, CompanionFacts] = field(default_factory=dict)
-    render: Callable[[str, str, Sequence[Mapping[str, Any]]], Sequence[int]] = lambda *_: []
-    """Companion, system prompt, conversation -> token ids as the companion's chat template writes them."""
+    render: Callable[[str, str | None, Request], Sequence[int]] = lambda *_: []
+    """Companion, system prompt, request -> token ids of its prompt as the companion would write it."""
 
 
 class Engine(Protocol):

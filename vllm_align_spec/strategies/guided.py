@@ -53,8 +53,8 @@ class GuidedStrategy:
                     f"{self.method} cannot run on this engine: {name}={found!r}; accepted: {accepted}", self.method
                 )
         names = companions(options, engine)
-        longest = len(prompt(options, request, engine)) + request.max_tokens
         for name in names:
+            longest = len(prompt(name, options, request, engine)) + request.max_tokens
             limit = engine.companions[name].max_len
             if longest > limit:
                 raise OptionError(
@@ -76,17 +76,19 @@ class GuidedStrategy:
         options: GuidedOptions = request.option(self._options)
         names = companions(options, engine.facts)
         notes["companions"] = names
-        tokens = prompt(options, request, engine.facts)
+        told: dict[str, dict[str, Any]] = {}
+        for name in names:
+            tokens = prompt(name, options, request, engine.facts)
+            told[name] = {"prefix": digests(tokens, request.scope)}
+            if tokens is not request.prompt_token_ids:
+                told[name]["prompt"] = list(tokens)
         arguments = {
             **options.model_dump(exclude={"align_spec_strict", "pad_persona"}),
-            "align_spec_companions": names,
-            "align_spec_prefix": digests(tokens, request.scope),
+            "align_spec_companions": told,
         }
         if isinstance(options, ArgsOptions):
             given = options.weights
             arguments["args_weight"] = given * len(names) if len(given) == 1 else given
-        if tokens is not request.prompt_token_ids:
-            arguments["align_spec_prompt"] = list(tokens)
         inner = engine.generate(
             request.prompt_token_ids, max_tokens=request.max_tokens, min_tokens=request.min_tokens, arguments=arguments
         )
@@ -138,22 +140,22 @@ def companions(options: GuidedOptions, engine: EngineFacts) -> list[str]:
     return list(named)
 
 
-def prompt(options: GuidedOptions, request: Request, engine: EngineFacts) -> Sequence[int]:
-    """Token ids of the prompt as the companion reads it: the target's own, or with a persona in front.
+def prompt(name: str, options: GuidedOptions, request: Request, engine: EngineFacts) -> Sequence[int]:
+    """Token ids of the prompt as a companion reads it: the target's own; or, where a persona stands in front or the
+    companion has other tokens, as its chat template or tokenizer writes it.
 
     Raises:
         OptionError: a persona for a prompt that is no conversation.
     """
-    if not isinstance(options, PadOptions) or options.pad_persona is None:
-        return request.prompt_token_ids
-    if request.messages is None:
+    persona = options.pad_persona if isinstance(options, PadOptions) else None
+    if persona is not None and request.messages is None:
         raise OptionError(
-            f"pad_persona={options.pad_persona[:40]!r} needs chat messages; accepted: a chat completion, or no "
-            "pad_persona",
+            f"pad_persona={persona[:40]!r} needs chat messages; accepted: a chat completion, or no pad_persona",
             "pad_persona",
         )
-    (name,) = companions(options, engine)
-    return engine.render(name, options.pad_persona, request.messages)
+    if persona is None and not engine.companions[name].bridged:
+        return request.prompt_token_ids
+    return engine.render(name, persona, request)
 
 
 def digests(tokens: Sequence[int], scope: str) -> list[int]:
