@@ -58,6 +58,7 @@ bench: setup
 	$(RUN)/vllm-align-spec bench wsd $(ARGS)
 	$(RUN)/vllm-align-spec bench asap $(ARGS)
 	$(RUN)/vllm-align-spec bench args $(ARGS)
+	$(RUN)/vllm-align-spec bench cards $(ARGS)
 
 lint: setup
 	$(RUN)/ruff check .

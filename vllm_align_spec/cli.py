@@ -65,6 +65,25 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--speculative-config", metavar="JSON", help="tells which model runner would be used")
     doctor.set_defaults(run=_doctor)
 
+    calibrate = subparsers.add_parser(
+        "calibrate", help="thresholds of CARDS for the model and judge of a running server"
+    )
+    calibrate.add_argument("prompts", type=Path, help="JSON lines, each with 'messages' or 'prompt'")
+    calibrate.add_argument("--url", default="http://127.0.0.1:8000/v1", help="the server's API (default: %(default)s)")
+    calibrate.add_argument("--reward", default="", metavar="NAME", help="the judge (default: the server's only one)")
+    calibrate.add_argument("--n", type=int, default=4, help="responses a prompt (default: %(default)s)")
+    calibrate.add_argument("--max-tokens", type=int, default=256, help="of a response (default: %(default)s)")
+    calibrate.add_argument("--beta", type=float, default=0.7, help="cards_beta to come (default: %(default)s)")
+    calibrate.add_argument("--top-k", type=int, default=40, help="cards_top_k to come (default: %(default)s)")
+    calibrate.add_argument(
+        "--quantile", type=float, default=0.75, help="of plain responses' rewards, to become r* (default: %(default)s)"
+    )
+    calibrate.add_argument(
+        "--segment-tokens", type=float, default=12, help="wished mean length of a segment (default: %(default)s)"
+    )
+    calibrate.add_argument("--plot", type=Path, metavar="FILE", help="where a figure of both distributions goes")
+    calibrate.set_defaults(run=_calibrate)
+
     from vllm_align_spec import bench
     from vllm_align_spec.lab.cli import add_parser
 
@@ -83,6 +102,34 @@ def _doctor(parsed: argparse.Namespace) -> int:
     from vllm_align_spec.doctor import doctor
 
     return doctor(parsed.additional_config, parsed.speculative_config, model=parsed.model, pilot=parsed.pilot)
+
+
+def _calibrate(parsed: argparse.Namespace) -> int:
+    import httpx
+    import openai
+
+    from vllm_align_spec.calibrate import calibrate
+
+    if not 0 <= parsed.quantile <= 1:
+        print(f"vllm-align-spec: --quantile {parsed.quantile:g} is not accepted; accepted: 0 to 1", file=sys.stderr)
+        return 2
+    try:
+        return calibrate(
+            parsed.prompts,
+            parsed.url.rstrip("/"),
+            reward=parsed.reward,
+            n=parsed.n,
+            max_tokens=parsed.max_tokens,
+            beta=parsed.beta,
+            top_k=parsed.top_k,
+            share=parsed.quantile,
+            segment_tokens=parsed.segment_tokens,
+            plot=parsed.plot,
+            api_key=os.environ.get("OPENAI_API_KEY", "none"),
+        )
+    except (ValueError, OSError, RuntimeError, openai.APIError, httpx.HTTPError) as error:
+        print(f"vllm-align-spec: {error}", file=sys.stderr)
+        return 1
 
 
 def serve(arguments: Sequence[str]) -> int:

@@ -74,6 +74,46 @@ class Metrics:
         self.guided_unanswered = Counter(
             "align_spec:guided_unanswered", "Rows where a companion's answer was no finite number.", ("method",)
         )
+        self.cards_segments = Counter(
+            "align_spec:cards_segments",
+            "Candidates of segments, by their fate: accepted, taken as the best of all, rejected, not needed.",
+            ("fate",),
+        )
+        self.cards_tries = Histogram(
+            "align_spec:cards_tries",
+            "Candidates until a segment was accepted.",
+            buckets=(1, 2, 3, 4, 6, 8, 12, 16, 20, 21),
+        )
+        self.cards_segment_tokens = Histogram(
+            "align_spec:cards_segment_tokens",
+            "Tokens of an accepted segment.",
+            buckets=(4, 6, 8, 12, 16, 24, 32, 48, 63, 64),
+        )
+        self.sampled_tokens = Counter(
+            "align_spec:sampled_tokens", "Tokens that the engine made for responses that a judge chose.", ("method",)
+        )
+        self.delivered_tokens = Counter(
+            "align_spec:delivered_tokens", "Tokens of those responses that clients received.", ("method",)
+        )
+        self.judge_calls = Histogram(
+            "align_spec:judge_calls",
+            "Answers judged for one response.",
+            ("method",),
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096),
+        )
+        self.judge_seconds = Histogram(
+            "align_spec:judge_seconds", "Time of one scoring, waiting included.", ("judge",), buckets=_SECONDS
+        )
+        self.judge_answers = Counter("align_spec:judge_answers", "Answers that a judge scored.", ("judge",))
+        self.judge_failures = Counter(
+            "align_spec:judge_failures", "Scorings that brought no reward, by why.", ("judge", "reason")
+        )
+        self.judge_open = Gauge(
+            "align_spec:judge_open",
+            "1 while a judge is not asked because it failed.",
+            ("judge",),
+            multiprocess_mode="mostrecent",
+        )
         self.reports_stored = Gauge(
             "align_spec:reports_stored", "Reports that can be read now.", multiprocess_mode="livesum"
         )
@@ -91,6 +131,8 @@ class Metrics:
         elif "companions" in report:
             self.guided_rows.labels(report["method"]).inc(report["rows"] or 0)
             self.guided_unanswered.labels(report["method"]).inc(report["unanswered"] or 0)
+        elif "judge_calls" in report:
+            self._observe_judged(report)
 
     def _observe_asap(self, report: Mapping[str, Any]) -> None:
         self.asap_attempts.labels(report["mode"]).observe(report["attempts"])
@@ -104,6 +146,17 @@ class Metrics:
         self.asap_nodes.set(store["nodes"])
         self.asap_bytes.set(store["bytes"])
         self.asap_evictions.set(store["evictions"])
+
+    def _observe_judged(self, report: Mapping[str, Any]) -> None:
+        method = report["method"]
+        self.judge_calls.labels(method).observe(report["judge_calls"])
+        self.sampled_tokens.labels(method).inc(report["sampled_tokens"])
+        self.delivered_tokens.labels(method).inc(report["response_tokens"])
+        for fate, count in report.get("candidates", {}).items():
+            self.cards_segments.labels(fate).inc(count)
+        for segment in report.get("segments", ()):
+            self.cards_tries.observe(segment["tries"])
+            self.cards_segment_tokens.observe(segment["tokens"])
 
     def _observe_wsd(self, report: Mapping[str, Any]) -> None:
         if report["reason"] is not None:

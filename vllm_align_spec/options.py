@@ -95,6 +95,64 @@ class CompanionOptions(_Tree):
     max_candidates: int = Field(40, ge=1, le=256, description="`reward`: most tokens that it scores for each row.")
 
 
+class _RewardOptions(_Tree):
+    """What every judge has: how long it may take, and when it is left alone for a while."""
+
+    timeout_s: float = Field(10.0, gt=0, le=600, description="Longest wait for one scoring, retries included.")
+    breaker_failures: int = Field(5, ge=1, le=1000, description="Failures in a row after which nobody asks it.")
+    breaker_s: float = Field(10.0, gt=0, le=3600, description="For how long; then one scoring tries it again.")
+
+
+_Input = Literal["messages", "text", "token_ids"]
+
+
+class ModelRewardOptions(_RewardOptions):
+    """A sequence classifier of transformers, on a thread of the API server."""
+
+    kind: Literal["model"]
+    model: str = Field(description="Name or path; safetensors only, and no code of the repository's is run.")
+    revision: str | None = Field(None, description="Its revision, where `model` is a name.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type of its weights in memory.")
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d{1,3})?)$", description="Where it runs.")
+    threads: int = Field(1, ge=1, le=256, description="Threads of its operators on a CPU.")
+    input: _Input = Field(
+        "messages",
+        description="What it reads: the conversation in its own chat template (or text, where there is none), the "
+        "text in its own tokens, or the tokens of the target, if they share a tokenizer.",
+    )
+    label: int = Field(0, ge=0, description="Which of its outputs is the reward.")
+    max_len: int = Field(4096, ge=1, description="Most tokens of prompt and response; its own limit holds as well.")
+    max_batch_tokens: int = Field(8192, ge=1, description="Most tokens, padding included, of one forward pass.")
+    max_waiting: int = Field(1024, ge=1, description="Most answers that wait for it; more are refused.")
+
+
+class HttpRewardOptions(_RewardOptions):
+    """A pooling server of vLLM's."""
+
+    kind: Literal["http"]
+    url: str = Field(pattern=r"^https?://", description="Base URL of the server, up to the route.")
+    route: Literal["classify", "pooling"] = Field("classify", description="The route that is asked.")
+    model: str | None = Field(None, description="Served model name; the server's only one if left out.")
+    api_key_env: str | None = Field(None, description="Environment variable that holds the API key of `url`.")
+    input: _Input = Field("messages", description="What it is sent, as for a model; messages go one by one.")
+    label: int = Field(0, ge=0, description="Which of its outputs is the reward.")
+    retries: int = Field(2, ge=0, le=20, description="Further tries where the server is busy, broken or away.")
+    backoff_s: float = Field(0.1, gt=0, le=60, description="Wait before the first of them; it doubles with each.")
+    max_concurrency: int = Field(64, ge=1, le=4096, description="Most requests in flight; more wait.")
+
+
+class ProgramRewardOptions(_RewardOptions):
+    """A program: one of ours, or one that a package registered in the group ``vllm_align_spec.rewards``."""
+
+    kind: Literal["program"]
+    program: str = Field(description="Its name.")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="What it is made with.")
+
+
+RewardOptions = Annotated[ModelRewardOptions | HttpRewardOptions | ProgramRewardOptions, Field(discriminator="kind")]
+_RewardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+
+
 class ReportOptions(_Tree):
     """How many finished requests' reports stay readable, and for how long."""
 
@@ -114,6 +172,9 @@ class EngineOptions(_Tree):
     asap: AsapEngineOptions = Field(default_factory=lambda: AsapEngineOptions())
     companions: dict[str, CompanionOptions] = Field(
         default_factory=dict, description="Second models in the worker, by the names under which requests know them."
+    )
+    rewards: dict[_RewardName, RewardOptions] = Field(
+        default_factory=dict, description="Judges of responses, by the names that requests call them."
     )
 
 
@@ -247,6 +308,72 @@ class GenarmOptions(RequestOptions):
     genarm_alpha: float = Field(1.0, ge=0, le=10, description="Exponent 1 / beta; 0 is plain decoding.")
 
 
+class CardsOptions(RequestOptions):
+    """Request options of cascade reward sampling (arXiv 2406.16306, section 4)."""
+
+    method: ClassVar[str] = "cards"
+
+    cards: _On = Field(description="Switches the method on.")
+    cards_reward: str = Field("", description="Name of the judge; may be left out where the engine has only one.")
+    cards_threshold: float = Field(
+        allow_inf_nan=False, description="r*, the reward asked of a whole response; `vllm-align-spec calibrate`."
+    )
+    cards_alpha: float = Field(0.5, ge=0, le=1, description="How near r* the threshold begins; 1: at r*.")
+    cards_beta: float = Field(0.7, ge=0.01, le=100, description="Temperature of acceptance, and of sampling.")
+    cards_entropy: float = Field(
+        3.0, ge=0, le=100, description="Entropy of the next token, in nats, at which a segment ends."
+    )
+    cards_top_k: int = Field(40, ge=0, le=1_000_000, description="Likeliest tokens that are sampled from; 0: all.")
+    cards_max_tries: int = Field(21, ge=1, le=1024, description="Candidates per segment; the last takes the best.")
+    cards_candidates: int = Field(2, ge=1, le=64, description="How many of them are under way at once.")
+    cards_fallback: Literal["error", "base"] = Field(
+        "error", description="What follows when the judge fails, an error or plain decoding."
+    )
+
+
+def _one_or_more(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+_Names = Annotated[list[str], BeforeValidator(_one_or_more)]
+_Weights = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], BeforeValidator(_one_or_more)]
+
+
+class BonOptions(RequestOptions):
+    """Request options of best-of-N, calibrated as in InfAlign (arXiv 2412.19792, section 4.2)."""
+
+    method: ClassVar[str] = "bon"
+
+    bon: int = Field(ge=1, le=256, description="N, the samples of which the best is the response.")
+    bon_reward: _Names = Field([], description="Names of the judges; may be left out where the engine has only one.")
+    bon_weights: _Weights = Field([], description="Weight of each; 1 if left out.")
+    bon_reference: int = Field(
+        0, ge=0, le=256, description="Further samples that rewards are calibrated by; 0: rewards count as they are."
+    )
+    bon_stop: float = Field(
+        1.0, gt=0, le=1, description="Share of the reference that a sample must beat to be taken at once; 1: none is."
+    )
+    bon_parallel: int = Field(8, ge=1, le=256, description="Samples under way at once.")
+    bon_fallback: Literal["error", "first"] = Field(
+        "error", description="What follows when a judge fails, an error or the first sample."
+    )
+
+
+class DealOptions(RequestOptions):
+    """Request options of DeAL (arXiv 2402.06147, section 3)."""
+
+    method: ClassVar[str] = "deal"
+
+    deal: _On = Field(description="Switches the method on.")
+    deal_reward: _Names = Field([], description="Names of the judges; may be left out where the engine has only one.")
+    deal_weights: _Weights = Field([], description="Weight of each, lambda included; 1 if left out.")
+    deal_top_k: int = Field(10, ge=1, le=256, description="Likeliest next tokens that are looked behind.")
+    deal_lookahead: int = Field(32, ge=0, le=1024, description="Tokens that follow each before it is judged.")
+    deal_fallback: Literal["error", "base"] = Field(
+        "error", description="What follows when a judge fails, an error or plain decoding."
+    )
+
+
 METHODS: tuple[type[RequestOptions], ...] = (
     WsdOptions,
     AsapOptions,
@@ -254,6 +381,9 @@ METHODS: tuple[type[RequestOptions], ...] = (
     DeraOptions,
     PadOptions,
     GenarmOptions,
+    CardsOptions,
+    BonOptions,
+    DealOptions,
 )
 SHARED_KEYS = frozenset({"align_spec_strict"})
 _PREFIXES = (*(f"{cls.method}_" for cls in METHODS), "align_spec_")
@@ -358,7 +488,13 @@ def _accepted_by(schema: Mapping[str, Any]) -> str:
         return " | ".join(repr(v) for v in schema["enum"])
     if "const" in schema:
         return repr(schema["const"])
-    kind = {"integer": "an integer", "number": "a number", "boolean": "true or false"}.get(schema.get("type", ""), "")
+    kind = {
+        "integer": "an integer",
+        "number": "a number",
+        "boolean": "true or false",
+        "string": "a string",
+        "array": "one value, or a list of them",
+    }.get(schema.get("type", ""), "")
     bounds = [
         f"{sign} {schema[key]:g}"
         for key, sign in (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))

@@ -21,19 +21,24 @@ def processors() -> tuple[type[Processor], ...]:
     """The methods of the token plane, in the order in which they see a step's rows."""
     from vllm_align_spec.processors.args import ArgsProcessor
     from vllm_align_spec.processors.asap import AsapProcessor
+    from vllm_align_spec.processors.cards import CardsProcessor
     from vllm_align_spec.processors.dera import DeraProcessor
     from vllm_align_spec.processors.genarm import GenarmProcessor
     from vllm_align_spec.processors.pad import PadProcessor
     from vllm_align_spec.processors.wsd import WsdProcessor
 
-    return (WsdProcessor, DeraProcessor, GenarmProcessor, PadProcessor, ArgsProcessor, AsapProcessor)
+    guided = (DeraProcessor, GenarmProcessor, PadProcessor, ArgsProcessor)
+    return (WsdProcessor, *guided, AsapProcessor, CardsProcessor)
 
 
 def strategies() -> tuple[Strategy, ...]:
     """The methods of the sequence plane."""
     from vllm_align_spec.strategies.asap import AsapStrategy
+    from vllm_align_spec.strategies.bon import BonStrategy
+    from vllm_align_spec.strategies.cards import CardsStrategy
+    from vllm_align_spec.strategies.deal import DealStrategy
     from vllm_align_spec.strategies.guided import GuidedStrategy
     from vllm_align_spec.strategies.wsd import WsdStrategy
 
     guided = (GuidedStrategy(options) for options in GUIDED)
-    return (WsdStrategy(), AsapStrategy(), *guided)
+    return (WsdStrategy(), AsapStrategy(), *guided, CardsStrategy(), BonStrategy(), DealStrategy())

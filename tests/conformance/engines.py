@@ -135,6 +135,15 @@ class Engine:
                     "align_spec_id": request["id"],
                     **arguments,
                 }
+            if "cards" in request:
+                request["id"] = uuid.uuid4().hex
+                spec["stop_token_ids"] = list(request["control_ids"])
+                spec["extra_args"] = {
+                    "cards": "on",
+                    "cards_entropy": request["cards"],
+                    "align_spec_control_ids": list(request["control_ids"]),
+                    "align_spec_id": request["id"],
+                }
             prompts.append(prompt)
             params.append(spec)
         return self._ask(prompts=prompts, params=params)
@@ -144,7 +153,7 @@ class Engine:
         ids = [r["id"] for r in requests if "id" in r]
         reports = self._ask(reports=ids) if ids else {}
         for request, output in zip(requests, outputs, strict=True):
-            if "asap" in request or "guided" in request:
+            if not {"asap", "guided", "cards"}.isdisjoint(request):
                 output["report"] = reports[request["id"]]
             if "wsd" in request:
                 assert output["tokens"][0] == request["prompt"][-1], "the held-back prompt token comes first"

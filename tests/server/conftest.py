@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from serving import MODELS, SPECULATION, PilotEndpoint, start_server, stop_server
+from serving import MODELS, SPECULATION, JudgeEndpoint, PilotEndpoint, start_server, stop_server
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 import foreign_judge
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory, pilot, foreign):
+def server(tmp_path_factory, pilot, foreign, judge):
     """The server; it must be alive when the tests are done."""
     options = {
         "align_spec": {
@@ -24,6 +24,18 @@ def server(tmp_path_factory, pilot, foreign):
                 "judge-other": {"model": str(MODELS / "judge-other"), "role": "reward"},
                 "aligned": {"model": str(MODELS / "pilot"), "role": "lm"},
                 "foreign": {"model": str(foreign[0]), "role": "reward", "max_candidates": 5},
+            },
+            "rewards": {
+                "good": {"kind": "model", "model": str(MODELS / "judge"), "timeout_s": 60},
+                "remote": {
+                    "kind": "http",
+                    "url": judge.url,
+                    "timeout_s": 3,
+                    "retries": 1,
+                    "breaker_s": 1,
+                    "max_concurrency": 256,
+                },
+                "short": {"kind": "program", "program": "length", "parameters": {"target": 3}},
             },
         }
     }
@@ -45,5 +57,12 @@ def foreign(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pilot():
     endpoint = PilotEndpoint()
+    yield endpoint
+    endpoint.close()
+
+
+@pytest.fixture(scope="session")
+def judge():
+    endpoint = JudgeEndpoint()
     yield endpoint
     endpoint.close()

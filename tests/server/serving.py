@@ -78,13 +78,13 @@ class Server:
             time.sleep(0.2)
 
 
-def start_server(log_path, *arguments, env=None):
-    """Starts vLLM's server on the lab's base model and waits until it is healthy."""
+def start_server(log_path, *arguments, env=None, model="base"):
+    """Starts vLLM's server on a lab model, by default the base model, and waits until it is healthy."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODELS / "base")]
-    command += ["--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODELS / model)]
+    command += ["--served-model-name", model, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command += ["--block-size", "32", "--max-model-len", "1024", "--enforce-eager", "--max-num-seqs", "16"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_PLUGINS": "align_spec", **(env or {})}
     with open(log_path, "wb") as log:
@@ -216,3 +216,56 @@ class PilotEndpoint:
             handler.wfile.write(b"data: [DONE]\n\n")
         except (BrokenPipeError, ConnectionResetError):
             pass  # the draft was long enough
+
+
+class JudgeEndpoint:
+    """Answers ``/classify`` as a pooling server does, with a number made of the text, and misbehaves as told."""
+
+    def __init__(self):
+        self.fault, self.delay, self.asked = None, 0.0, 0
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                endpoint._answer(self)
+
+            def log_message(self, *args):
+                pass
+
+        class Http(ThreadingHTTPServer):
+            request_queue_size = 256
+            daemon_threads = True
+
+        self._http = Http(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def close(self):
+        self._http.shutdown()
+        self._http.server_close()
+
+    def _answer(self, handler):
+        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        self.asked += 1
+        fault = self.fault
+        time.sleep(6 if fault == "hang" else self.delay)
+        read = [body["messages"][-1]["content"]] if "messages" in body else body["input"]
+        data = [{"index": i, "probs": [float(sum(map(ord, str(text))) % 7)]} for i, text in enumerate(read)]
+        if fault == "nan":
+            data[0]["probs"][0] = float("nan")
+        if fault == "wrong count":
+            data = []
+        if fault == "die":
+            handler.close_connection = True
+            handler.connection.close()
+            return
+        sent = json.dumps({"data": data}).encode()
+        try:
+            handler.send_response(500 if fault == "http 500" else 200)
+            handler.send_header("Content-Length", str(len(sent)))
+            handler.end_headers()
+            handler.wfile.write(sent)
+        except OSError:
+            pass  # who asked has given up

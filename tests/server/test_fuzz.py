@@ -22,6 +22,24 @@ OURS = {
     "wsd_fallback": ["error", "base", "none", 1],
     "asap": ["adaptive", "exact", "weighted", "gcd", 1, ["exact"]],
     "asap_max_attempts": [1, 2, 0, 4097, "2"],
+    "cards": ["on", "off", 1],
+    "cards_reward": ["short", "good", "best", "", 1],
+    "cards_threshold": [-1.0, 0, 1e9, NAN, "1"],
+    "cards_entropy": [0, 0.5, 3.0, -1, 1e9],
+    "cards_beta": [0.7, 1, 0, 1e9],
+    "cards_top_k": [0, 40, -1, 10**9],
+    "cards_max_tries": [1, 2, 3, 0, 1025, 2.0],
+    "cards_candidates": [1, 2, 0, 65],
+    "cards_fallback": ["error", "base", "first"],
+    "bon": [1, 2, 3, 0, 257, "2"],
+    "bon_reward": ["short", ["short", "good"], ["short", "short"], [], "best"],
+    "bon_weights": [1.0, [1.0, 2.0], ["1"], NAN],
+    "bon_reference": [0, 1, 2, -1],
+    "bon_stop": [0.5, 1, 0, 2],
+    "deal": ["on", 0],
+    "deal_reward": ["short", ["short"]],
+    "deal_top_k": [1, 2, 20, 21, 0],
+    "deal_lookahead": [0, 1, 4, -1, 1025],
     "align_spec_trie": ["00"],
     "align_spec_strict": [0, 1, 2, "yes"],
     "align_spec_id": ["x"],
@@ -80,6 +98,14 @@ CONVERSATIONS = [
 ]
 
 
+JUDGED = [
+    {"cards": "on", "cards_reward": "short", "cards_threshold": -1.0, "cards_entropy": 0.5, "cards_max_tries": 3},
+    {"cards": "on", "cards_reward": "good", "cards_threshold": 0.0, "cards_max_tries": 2},
+    {"bon": 2, "bon_reward": "short"},
+    {"bon": 2, "bon_reward": ["short", "good"], "bon_reference": 1},
+    {"deal": "on", "deal_reward": "short", "deal_top_k": 2, "deal_lookahead": 2},
+]
+
 GRAMMARS = [
     {"regex": "[01]{2}"},
     {"regex": "[01]*"},
@@ -102,7 +128,10 @@ def build(rng):
     if rng.random() < 0.15:
         body["vllm_xargs"] = {"asap": rng.choice(["adaptive", "exact", "weighted"]), "asap_max_attempts": 2}
         body |= {"temperature": rng.choice([0.5, 1.0]), "structured_outputs": rng.choice(GRAMMARS)}
-    body["vllm_xargs"] |= some(rng, OURS, 0.05)
+    if rng.random() < 0.2:
+        body["vllm_xargs"] = dict(rng.choice(JUDGED))
+        body["temperature"] = 0 if "deal" in body["vllm_xargs"] else 1.0
+    body["vllm_xargs"] |= some(rng, OURS, 0.02)
     body["stream"] = rng.random() < 0.5
     if rng.random() < 0.5:
         path = "/v1/chat/completions"
@@ -142,9 +171,11 @@ def hammer(server, count, seed):
     began = time.monotonic()
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda request: post(server, *request), requests))
-    # A grammar that the model does not obey in as many attempts as the client allows is a result of its own.
+    # A grammar that the model does not obey in as many attempts as the client allows is a result of its own, and so is
+    # an answer that is too long for the judge.
     fine = {(200, False), (400, False), (200, True), (400, True), (422, True)}
-    wrong = [(r, a) for r, a in zip(requests, answers, strict=True) if (a[0], "asap" in r[1]["vllm_xargs"]) not in fine]
+    unusual = [not {"asap", "cards", "bon"}.isdisjoint(body["vllm_xargs"]) for _, body in requests]
+    wrong = [(r, a) for r, a, u in zip(requests, answers, unusual, strict=True) if (a[0], u) not in fine]
     statuses = Counter(status for status, _ in answers)
     reasons = Counter(answer[:60] for status, answer in answers if status == 400)
     print(f"{count} requests in {time.monotonic() - began:.0f} s: {dict(statuses)}, {len(reasons)} kinds of refusal")

@@ -28,7 +28,7 @@ def test_help_names_every_command_and_imports_nothing_heavy():
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert told.endswith("[]\n")
-    for command in ("serve", "vllm", "demo", "doctor", "lab", "bench"):
+    for command in ("serve", "vllm", "demo", "doctor", "calibrate", "lab", "bench"):
         assert command in told
 
 

@@ -86,6 +86,24 @@ def test_row_logsumexp_equals_torch():
         assert found[4] == -INF
 
 
+@in_a_process(interpreted=True)
+def test_row_entropy_equals_torch():
+    from vllm_align_spec.processors import kernels, rows
+
+    torch.manual_seed(0)
+    for vocab_size in (7, 4096, 9000):
+        logits = torch.randn(6, vocab_size) * torch.tensor([0.0, 1.0, 5.0, 30.0, 1.0, 1.0])[:, None]
+        logits[4, : vocab_size - 2] = -INF
+        logits[5] = -INF
+        logits[5, 3] = 0.0
+        index = torch.tensor([[0, 1, 2], [3, 4, 5], [5, 5, 0]])
+        p = logits[index].double().softmax(-1)
+        expected = torch.special.entr(p).sum(-1)
+        assert_close(kernels.row_entropy(logits, index), expected, 2e-5)
+        assert_close(rows.row_entropy(logits, index), expected, 2e-5)
+        assert_close(kernels.row_entropy(logits, index)[0, 0], torch.tensor(vocab_size).log(), 1e-5)
+
+
 def random_step(vocab_size):
     """Arguments of `asap.draw`: masks, ends, temperatures, drafts and children of all kinds, lines that are shared."""
     s, width, lines = 4, 4, 9
@@ -309,7 +327,7 @@ def test_a_gpus_compiler_takes_every_kernel_as_it_is_called():
     from vllm_align_spec.processors import kernels
 
     found = [name for name in vars(kernels) if name.endswith("_kernel")]
-    assert len(found) == 6
+    assert len(found) == 7
     for name in found:
         setattr(kernels, name, Compiles(getattr(kernels, name)))
     step = random_step(5000)
@@ -317,6 +335,7 @@ def test_a_gpus_compiler_takes_every_kernel_as_it_is_called():
     kernels.token_logprobs(step["logits"], step["index"], step["draft"])
     kernels.row_logsumexp(step["logits"], step["index"], step["unmasked"].float())
     kernels.force(step["logits"], step["index"], step["only_ends"], step["draft"])
+    kernels.row_entropy(step["logits"], step["index"])
     assert all(getattr(kernels, name).times == 1 for name in found)
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 BENCHES = {
     "overhead": "what the plugin costs where no request uses it",
     "wsd": "time and reward of weak-to-strong decoding",
+    "cards": "time, reward and judge calls of cascade reward sampling against the published ARGS loop",
     "asap": "cost, exactness and use of grammar-aligned sampling",
     "args": "speed and effect of reward-guided search",
 }

@@ -31,8 +31,10 @@ class AlignSpecEndpoints:
         app.get(f"{PREFIX}/reports/{{response_id:path}}")(_report)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Keeps the front end of this process's engine for the routes."""
+        """Keeps this process's front end for the routes. A judge that cannot be loaded ends the start-up."""
         state.align_spec = frontend.of(engine_client) if engine_client is not None else None
+        if state.align_spec is not None:
+            await state.align_spec.ready()
 
 
 async def _info(request: Request) -> JSONResponse:

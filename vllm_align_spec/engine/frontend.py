@@ -7,6 +7,7 @@ refused before a stream begins, with status 400 instead of an error event behind
 from __future__ import annotations
 
 import asyncio
+import bisect
 import dataclasses
 import itertools
 import json
@@ -35,6 +36,7 @@ from vllm_align_spec.engine.pilot import Pilot
 from vllm_align_spec.metrics import metrics
 from vllm_align_spec.options import EngineOptions, OptionError, RequestOptions, is_ours, parse_engine, parse_request
 from vllm_align_spec.report import Entry, ReportCollector, ReportStore, WorkerReports
+from vllm_align_spec.rewards import Answer, JudgeError, judges
 from vllm_align_spec.strategies.base import (
     Chunk,
     EngineFacts,
@@ -53,6 +55,14 @@ MESSAGES_KEY = "align_spec_messages"
 
 TAIL_TOKENS = 8
 """Prompt tokens in sight when a text that follows the prompt is encoded: enough for any character's bytes."""
+
+_JUDGE_STATUS = {
+    "timeout": HTTPStatus.GATEWAY_TIMEOUT,
+    "failed": HTTPStatus.BAD_GATEWAY,
+    "nonsense": HTTPStatus.BAD_GATEWAY,
+    "refused": HTTPStatus.UNPROCESSABLE_ENTITY,
+    "busy": HTTPStatus.SERVICE_UNAVAILABLE,
+}
 
 Original = Callable[..., AsyncGenerator[RequestOutput, None]]
 
@@ -145,6 +155,15 @@ class Frontend:
         self._strategies = {strategy.method: strategy for strategy in registry.strategies()}
         self._finishing: set[asyncio.Task[None]] = set()
         self.pilot = Pilot(self.options.wsd.pilot) if self.options.wsd.pilot else None
+        self.judges = judges(self.options.rewards) if self.options.enabled else {}
+
+    async def ready(self) -> None:
+        """Waits until the judges of this process can be asked.
+
+        Raises:
+            JudgeError: one never will.
+        """
+        await asyncio.gather(*(judge.ready() for judge in self.judges.values()))
 
     def _control_ids(self) -> Mapping[int, str]:
         engine = self.engine
@@ -204,8 +223,8 @@ class Frontend:
         strategy = self._strategy(options)
         if not strategy.structured and params.structured_outputs is not None:
             bends["structured_outputs=True"] = "drop it (response_format, tools set it)"
-        truncates = _truncates(params) if strategy.method == "asap" else {}
-        if not bends and not truncates:
+        truncates = _truncates(params) if strategy.method in ("asap", "cards") else {}
+        if strategy.method == "bon" or not (bends or truncates):
             params.verify(
                 engine.model_config,
                 engine.vllm_config.speculative_config,
@@ -224,6 +243,7 @@ class Frontend:
             stop_token_ids=self._stop_token_ids(params),
             bends=bends,
             logprobs_of_ids=params.logprob_token_ids is not None,
+            logprobs=params.logprobs is not None or params.logprob_token_ids is not None,
             temperature=params.temperature,
             n=params.n,
             grammar=_grammar(params),
@@ -280,7 +300,7 @@ class Frontend:
         """The client's outputs. Ends, is closed or is cancelled: then nothing runs on for the request.
 
         Raises:
-            GracefulHTTPError: the pilot failed.
+            GracefulHTTPError: the pilot or a judge failed.
             Exception: as ``AsyncLLM.generate``.
         """
         engine = self.engine
@@ -315,6 +335,8 @@ class Frontend:
             if isinstance(error, PilotError):
                 status = HTTPStatus.GATEWAY_TIMEOUT if error.timed_out else HTTPStatus.BAD_GATEWAY
                 raise GracefulHTTPError(str(error), status) from error
+            if isinstance(error, JudgeError):
+                raise GracefulHTTPError(str(error), _JUDGE_STATUS[error.reason]) from error
             if isinstance(error, StrategyError):
                 raise GracefulHTTPError(str(error), HTTPStatus.UNPROCESSABLE_ENTITY) from error
             raise
@@ -448,6 +470,10 @@ class _Choice:
         max_tokens: int,
         min_tokens: int,
         arguments: Mapping[str, Any] | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        reported: bool = True,
     ) -> AsyncGenerator[Chunk, None]:
         """See `strategies.base.Engine.generate`."""
         params = self._params.clone()
@@ -458,11 +484,17 @@ class _Choice:
         params.flat_logprobs = True
         params.max_tokens = max_tokens
         params.min_tokens = min_tokens
+        if temperature is not None:
+            params.temperature, params.top_k, params.top_p, params.min_p = temperature, top_k or 0, 1.0, 0.0
+        if seed is not None:
+            params.seed = seed
         control_ids: Mapping[int, str] = {}
         if arguments is not None:
-            self.ask()
-            self._worker_id = uuid.uuid4().hex
-            params.extra_args = {**(params.extra_args or {}), **arguments, "align_spec_id": self._worker_id}
+            worker_id = uuid.uuid4().hex
+            if reported:
+                self.ask()
+                self._worker_id = worker_id
+            params.extra_args = {**(params.extra_args or {}), **arguments, "align_spec_id": worker_id}
             if self._call.strategy.control:
                 control_ids = self._frontend.control_ids
                 params.extra_args[control.KEY] = list(control_ids)
@@ -483,6 +515,75 @@ class _Choice:
                     yield Chunk(token_ids[:-1], found, control=word, source=output)
                 else:
                     yield Chunk(token_ids, found, completion.finish_reason, completion.stop_reason, source=output)
+
+    async def candidates(self, prompt_token_ids: Sequence[int], count: int) -> Sequence[tuple[int, float]]:
+        """See `strategies.base.Engine.candidates`."""
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            flat_logprobs=True,
+            logprobs=count,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        async with aclosing(self._launch(prompt_token_ids, params)) as outputs:
+            async for output in outputs:
+                ((ids, values, _),) = rows(output.outputs[0].logprobs, 0, 1)
+                # The sampled token stands in front of the likeliest ones, and again among them.
+                return list(zip(ids[1:], values[1:], strict=True))
+        raise RuntimeError("the engine told no candidates")
+
+    async def judge(self, name: str, responses: Sequence[Sequence[int]]) -> list[float]:
+        """See `strategies.base.Engine.judge`."""
+        request = self._call.request
+        prompt_text = self._prompt_text()
+        answers = []
+        for response in responses:
+            cut = self.stop_at(response)
+            text = self._text(response)
+            if cut is not None:
+                response = response[:cut]
+                text = text[: min(at for stop in request.stop_strings if (at := text.find(stop)) >= 0)]
+            ended = bool(response) and response[-1] in request.stop_token_ids and not request.ignore_eos
+            finished = cut is not None or ended
+            answers.append(Answer(request.prompt_token_ids, prompt_text, request.messages, response, text, finished))
+        judges = self._frontend.judges
+        return await judges[name or next(iter(judges))].score(answers)
+
+    def stop_at(self, response: Sequence[int]) -> int | None:
+        """See `strategies.base.Engine.stop_at`."""
+        request = self._call.request
+        if not request.stop_strings:
+            return None
+
+        def stops(count: int) -> bool:
+            text = self._text(response[:count])
+            return any(stop in text for stop in request.stop_strings)
+
+        first, last = request.min_tokens, len(response)
+        if last <= first or not stops(last):
+            return None
+        return bisect.bisect_left(range(last), True, lo=first, key=lambda count: stops(count + 1)) + 1
+
+    def _text(self, response: Sequence[int]) -> str:
+        """Text of a response, without special tokens; empty if the engine has no tokenizer."""
+        tokenizer = self._frontend.engine.renderer.tokenizer
+        if tokenizer is None or not response:
+            return ""
+        tail = list(self._call.request.prompt_token_ids[-TAIL_TOKENS:])
+        before: str = tokenizer.decode(tail, skip_special_tokens=True)
+        text: str = tokenizer.decode([*tail, *response], skip_special_tokens=True)
+        if text.startswith(before):
+            return text[len(before) :]
+        alone: str = tokenizer.decode(list(response), skip_special_tokens=True)
+        return alone
+
+    def _prompt_text(self) -> str:
+        request, tokenizer = self._call.request, self._frontend.engine.renderer.tokenizer
+        if request.prompt_text is not None or tokenizer is None:
+            return request.prompt_text or ""
+        text: str = tokenizer.decode(list(request.prompt_token_ids), skip_special_tokens=True)
+        return text
 
     async def score(self, prompt_token_ids: Sequence[int], start: int) -> Scored:
         """See `strategies.base.Engine.score`."""
@@ -542,11 +643,7 @@ class _Choice:
         pilot = self._frontend.pilot
         if pilot is None:
             raise PilotError("this engine has no pilot")  # admission refuses such requests
-        text = request.prompt_text
-        if request.messages is None and text is None:
-            tokenizer = self._frontend.engine.renderer.get_tokenizer()
-            text = tokenizer.decode(list(request.prompt_token_ids), skip_special_tokens=True)
-        return pilot.draft(request.messages, text)
+        return pilot.draft(request.messages, self._prompt_text() if request.messages is None else None)
 
 
 def _of_method(method: str, worker: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -601,6 +698,8 @@ def _facts(config: Any, options: EngineOptions, control_ids: bool) -> EngineFact
         reasoning=bool(structured.reasoning_parser) and not structured.enable_in_reasoning,
         companions=companions.facts(config, options),
         render=lambda name, *asked: companions.render(config.model_config, options.companions[name], *asked),
+        rewards=tuple(options.rewards),
+        max_logprobs=config.model_config.max_logprobs,
     )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from vllm_align_spec.processors.guided import Guided
-from vllm_align_spec.processors.rows import Layout, Rows
+from vllm_align_spec.processors.rows import Layout, Rows, row_entropy
 
 MAX_REWARDS = 8
 """Most rewards of one request."""
@@ -85,9 +85,10 @@ class ArgsProcessor(Guided):
         z, token = z.view(requests, width, k), token.view(requests, width, k)
         open_ = torch.ones_like(rows.index, dtype=torch.bool)
         if self._gated[rows.entry_np].any():
-            p = rows.logits.index_select(0, lines).softmax(-1)
-            entropy = torch.special.entr(p).sum(-1).view(requests, width)
-            open_ = entropy > torch.where(constants[:, _GATE] > 0, constants[:, _GATE], -1.0)[:, None]
+            open_ = (
+                row_entropy(rows.logits, rows.index)
+                > torch.where(constants[:, _GATE] > 0, constants[:, _GATE], -1.0)[:, None]
+            )
 
         chain = rows.chain()
         reward = torch.zeros_like(z)

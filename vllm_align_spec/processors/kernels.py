@@ -1,4 +1,4 @@
-"""Triton kernels behind `rows` and `asap`: one pass over a row, no copy of the logits, no synchronisation."""
+"""Triton kernels behind `rows`, `asap` and `cards`: one pass over a row, no copy of the logits, no synchronisation."""
 
 from __future__ import annotations
 
@@ -59,6 +59,27 @@ def _logsumexp_kernel(  # type: ignore[no-untyped-def]
         x = tl.load(base + offset, mask=offset < vocab_size, other=float("-inf")).to(tl.float32) * scale
         top, total = _add(top, total, x)
     tl.store(out_ptr + row, top + tl.log(total))
+
+
+@triton.jit
+def _entropy_kernel(logits_ptr, stride, index_ptr, out_ptr, vocab_size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0)
+    base = logits_ptr + tl.load(index_ptr + row) * stride
+    # With x measured from the top so far: total = sum e^x, product = sum x e^x.
+    top = tl.full((), _LOWEST, tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    product = tl.full((), 0.0, tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        offset = start + tl.arange(0, BLOCK)
+        x = tl.load(base + offset, mask=offset < vocab_size, other=float("-inf")).to(tl.float32)
+        new_top = tl.maximum(top, tl.max(x, axis=0))
+        shift = top - new_top
+        x = tl.where(x == float("-inf"), _LOWEST, x - new_top)
+        weight = tl.exp(x)
+        product = tl.exp(shift) * (product + shift * total) + tl.sum(tl.where(weight > 0, x * weight, 0.0), axis=0)
+        total = tl.exp(shift) * total + tl.sum(weight, axis=0)
+        top = new_top
+    tl.store(out_ptr + row, tl.log(total) - product / total)
 
 
 @triton.jit
@@ -260,6 +281,14 @@ def row_logsumexp(logits: torch.Tensor, line: torch.Tensor, scale: torch.Tensor)
     _logsumexp_kernel[(line.numel(),)](
         logits, logits.stride(0), line.contiguous(), scale.contiguous(), out, logits.shape[1], BLOCK=_BLOCK
     )
+    return out
+
+
+def row_entropy(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """See `rows.row_entropy`."""
+    index = index.contiguous()
+    out = torch.empty(index.shape, dtype=torch.float32, device=logits.device)
+    _entropy_kernel[(index.numel(),)](logits, logits.stride(0), index, out, logits.shape[1], BLOCK=_BLOCK)
     return out
 
 

@@ -212,6 +212,25 @@ def row_logsumexp(logits: torch.Tensor, line: torch.Tensor, scale: torch.Tensor)
     return (logits.index_select(0, line).float() * scale[:, None]).logsumexp(-1)
 
 
+def row_entropy(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of softmax(logits[index]).
+
+    Args:
+        logits: [N, V] float32.
+        index: [S, L] int64 lines of ``logits``.
+
+    Returns:
+        [S, L] float32; between 0 and ln V.
+    """
+    if logits.is_cuda:
+        from vllm_align_spec.processors import kernels
+
+        return kernels.row_entropy(logits, index)
+    p = logits.index_select(0, index.reshape(-1)).softmax(-1)
+    entropy: torch.Tensor = torch.special.entr(p).sum(-1)
+    return entropy.view(index.shape)
+
+
 def force(logits: torch.Tensor, index: torch.Tensor, where: torch.Tensor, tokens: torch.Tensor) -> None:
     """Makes rows one-hot in place: 0 at the token, -inf elsewhere.
 

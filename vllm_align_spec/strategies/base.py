@@ -63,6 +63,8 @@ class Request:
     """What else bends or hides the base model's distribution in this request: name=value, and how to do without."""
     logprobs_of_ids: bool = False
     """Whether the client asked for the log-probabilities of token ids that it named."""
+    logprobs: bool = False
+    """Whether the client asked for log-probabilities."""
     temperature: float = 1.0
     seed: int | None = None
     """The choice's own."""
@@ -120,6 +122,10 @@ class EngineFacts:
     companions: Mapping[str, CompanionFacts] = field(default_factory=dict)
     render: Callable[[str, str | None, Request], Sequence[int]] = lambda *_: []
     """Companion, system prompt, request -> token ids of its prompt as the companion would write it."""
+    rewards: Sequence[str] = ()
+    """Names of the judges that the operator configured."""
+    max_logprobs: int = 20
+    """Most log-probabilities of one position that the engine gives; -1 for all."""
 
 
 class Engine(Protocol):
@@ -137,6 +143,10 @@ class Engine(Protocol):
         max_tokens: int,
         min_tokens: int,
         arguments: Mapping[str, Any] | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        reported: bool = True,
     ) -> AsyncGenerator[Chunk, None]:
         """Continues a prompt with the request's own sampling parameters, except those given.
 
@@ -145,7 +155,31 @@ class Engine(Protocol):
             max_tokens: most tokens to generate.
             min_tokens: fewest before a stop id may end it.
             arguments: for the token processors in the worker; None for an ordinary request.
+            temperature: instead of the request's, and then nothing but ``top_k`` cuts the distribution.
+            top_k: likeliest tokens that are sampled from, with ``temperature``; 0 for all.
+            seed: instead of the choice's own.
+            reported: whether the worker's report is wanted, which several requests at once cannot have.
         """
+        ...
+
+    async def candidates(self, prompt_token_ids: Sequence[int], count: int) -> Sequence[tuple[int, float]]:
+        """The likeliest next tokens with their untempered log-probabilities, likeliest first."""
+        ...
+
+    async def judge(self, name: str, responses: Sequence[Sequence[int]]) -> list[float]:
+        """A judge's rewards of responses to the request's prompt, unfinished ones among them.
+
+        Args:
+            name: one of `EngineFacts.rewards`; empty for the only one.
+            responses: their token ids. One that ends with a stop id, or holds a stop string, is finished.
+
+        Raises:
+            JudgeError: it gave none.
+        """
+        ...
+
+    def stop_at(self, response: Sequence[int]) -> int | None:
+        """How many tokens of a response there are up to the end of its first stop string; None if it has none."""
         ...
 
     async def worker_reports(self) -> Sequence[Mapping[str, Any] | None]:

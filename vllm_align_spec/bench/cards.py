@@ -1,0 +1,248 @@
+"""Time, reward and judge calls of cascade reward sampling on the lab's models, against ARGS as it is published.
+
+The published loop (`args_loop`) and CARDS are guided by one judge; rewards are those of another, which no decoding
+consults. Time is that of equally long answers (``ignore_eos``), one prompt at a time, each way right after the other.
+Reward is that of answers of natural length to held-out prompts, paired by prompt. Thresholds come from the reward and
+entropy quantiles of plain samples, as ``vllm-align-spec calibrate`` proposes them, on prompts that are not used again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vllm_align_spec import lab
+from vllm_align_spec.bench.args_loop import args_loop
+from vllm_align_spec.bench.measure import Result, axes, console, mean, median, ratios, start_engine
+from vllm_align_spec.calibrate import entropy_for, quantile
+
+if TYPE_CHECKING:
+    from vllm_align_spec.engine.offline import LLM
+
+TOKENS = 128
+NATURAL_TOKENS = 160
+ARGS = {"weight": 1.5, "top_k": 10}
+"""As published."""
+CANDIDATES = (1, 2, 4)
+MAIN = 2
+SHARE = 0.8
+SEGMENT_TOKENS = 12
+MARGIN = 0.5
+"""Reward that CARDS may lie below ARGS and still count as not inferior; the judge's spread is about ten times that."""
+WAYS = ("plain", "args_loop", *(f"cards_{n}" for n in CANDIDATES))
+
+
+def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
+    """Measures, shows and writes.
+
+    Args:
+        quick: few repeats and prompts.
+        json_file: where the numbers go; None is a file in ``out``.
+        out: folder for the figure.
+    """
+    started = time.monotonic()
+    repeats, prompts, calibration = (4, 16, 8) if quick else (12, 64, 24)
+    result = Result("cards")
+    result.setting |= {
+        "models": {"base": "lab base", "judge": "lab judge", "evaluation": "lab judge-other"},
+        "tokens": TOKENS,
+        "repeats": repeats,
+        "reward_prompts": prompts,
+        "calibration_prompts": calibration,
+        "args": ARGS,
+        "reward_margin": MARGIN,
+        "quick": quick,
+    }
+    rewards = {"judge": {"kind": "model", "model": str(lab.model_path("judge")), "timeout_s": 120.0}}
+    loop = _Loop()
+    questions = lab.heldout_prompts("chat")
+    with start_engine(
+        str(lab.model_path("base")),
+        "a judge",
+        max_model_len=1024,
+        max_num_seqs=16,
+        additional_config={"align_spec": {"rewards": rewards}},
+    ) as engine:
+        asked = [
+            engine.get_tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            for messages in questions
+        ]
+        with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
+            task = progress.add_task("calibration", total=3)
+            options = _calibrate(engine, questions[-calibration:])
+            result.setting["cards"] = options
+            progress.update(task, advance=1, description="time")
+            _times(engine, loop, options, asked, repeats, result)
+            progress.update(task, advance=1, description="rewards")
+            _rewards(engine, loop, options, questions[:prompts], asked, result)
+            progress.advance(task)
+    _figures(result)
+    _draw(result, out)
+    result.finish(json_file, out, started)
+
+
+class _Loop:
+    """The published loop on the lab's models."""
+
+    def __init__(self) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        self._base, self._judge = (
+            kind.from_pretrained(lab.model_path(name), dtype=torch.float32).eval()
+            for kind, name in ((AutoModelForCausalLM, "base"), (AutoModelForSequenceClassification, "judge"))
+        )
+
+    def __call__(self, prompt: Sequence[int], tokens: int, stop_ids: Sequence[int] = ()) -> list[int]:
+        return args_loop(
+            self._base,
+            self._judge,
+            prompt,
+            weight=ARGS["weight"],
+            top_k=int(ARGS["top_k"]),
+            max_new_tokens=tokens,
+            stop_ids=stop_ids,
+        )
+
+
+def _calibrate(engine: LLM, questions: Sequence[list[dict[str, str]]]) -> dict[str, Any]:
+    plain = {"cards": "on", "cards_threshold": 0.0, "cards_max_tries": 1}
+    choices = [
+        choice
+        for seed in range(4)
+        for choice in _answers(engine, questions, [_params(seed, plain, natural=True)] * len(questions))[1]
+    ]
+    target = quantile([choice["segments"][-1]["reward"] for choice in choices], SHARE)
+    boundary = entropy_for([choice["entropies"] for choice in choices], SEGMENT_TOKENS)
+    return {"cards": "on", "cards_threshold": round(target, 2), "cards_entropy": boundary, "cards_candidates": MAIN}
+
+
+def _params(seed: int, extra: dict[str, Any] | None, *, natural: bool = False) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=0.7 if extra is None else 1.0,  # CARDS has its own, which is this
+        top_k=40 if extra is None else 0,
+        seed=seed,
+        max_tokens=NATURAL_TOKENS if natural else TOKENS,
+        ignore_eos=not natural,
+        extra_args=extra,
+    )
+
+
+def _answers(
+    engine: LLM, questions: Sequence[list[dict[str, str]]], params: Sequence[Any]
+) -> tuple[list[Any], list[dict[str, Any]]]:
+    """Outputs of conversations, and the reports of those that used a method."""
+    outputs = engine.chat(list(questions), list(params), use_tqdm=False)
+    reports = [engine.report(output) for output in outputs]
+    return outputs, [report["choices"][0] for report in reports if report is not None]
+
+
+def _times(
+    engine: LLM, loop: _Loop, options: dict[str, Any], asked: Sequence[list[int]], repeats: int, result: Result
+) -> None:
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    costs: dict[str, list[dict[str, Any]]] = {f"cards_{n}": [] for n in CANDIDATES}
+    questions = lab.heldout_prompts("chat")
+    for repeat in range(-1, repeats):  # the first round warms up
+        place = max(repeat, 0)
+        ways: dict[str, Any] = {"plain": None} | {f"cards_{n}": {**options, "cards_candidates": n} for n in CANDIDATES}
+        for way, extra in ways.items():
+            start = time.perf_counter()
+            output = engine.chat([questions[place]], [_params(repeat + 7, extra)], use_tqdm=False)[0]
+            elapsed = time.perf_counter() - start
+            assert len(output.outputs[0].token_ids) == TOKENS
+            if repeat >= 0:
+                seconds[way].append(elapsed)
+                if way in costs:
+                    report = engine.report(output)
+                    assert report is not None
+                    costs[way].append(report["choices"][0])
+        start = time.perf_counter()
+        loop(asked[place], TOKENS)
+        if repeat >= 0:
+            seconds["args_loop"].append(time.perf_counter() - start)
+    result.samples["seconds"] = seconds
+    result.samples["costs"] = costs
+
+
+def _rewards(
+    engine: LLM,
+    loop: _Loop,
+    options: dict[str, Any],
+    questions: Sequence[list[dict[str, str]]],
+    asked: Sequence[list[int]],
+    result: Result,
+) -> None:
+    from vllm_align_spec.lab.judge import Judge
+
+    tokenizer = engine.get_tokenizer()
+    count = len(questions)
+    texts = {
+        way: [
+            output.outputs[0].text
+            for output in _answers(engine, questions, [_params(1000 + i, extra, natural=True) for i in range(count)])[0]
+        ]
+        for way, extra in (("plain", None), ("cards", options))
+    }
+    texts["args_loop"] = [
+        tokenizer.decode(loop(prompt, NATURAL_TOKENS, [tokenizer.eos_token_id]), skip_special_tokens=True)
+        for prompt in asked[:count]
+    ]
+    for name in ("judge-other", "judge"):
+        judge = Judge(name)
+        result.samples[f"rewards_{name}"] = {
+            way: judge.score(
+                [[*q, {"role": "assistant", "content": t}] for q, t in zip(questions, of_way, strict=True)]
+            )
+            for way, of_way in texts.items()
+        }
+    result.samples["examples"] = {way: of_way[:3] for way, of_way in texts.items()}
+
+
+def _figures(result: Result) -> None:
+    seconds, costs = result.samples["seconds"], result.samples["costs"]
+    main = f"cards_{MAIN}"
+    figures = result.figures
+    figures["time_ratio_to_args_loop"] = median(ratios(seconds[main], seconds["args_loop"]), "<= 0.2")
+    figures["time_ratio_to_plain"] = median(ratios(seconds[main], seconds["plain"]))
+    rewards = result.samples["rewards_judge-other"]
+
+    def differences(way: str, other: str) -> list[float]:
+        return [a - b for a, b in zip(rewards[way], rewards[other], strict=True)]
+
+    figures["reward_difference"] = mean(differences("cards", "args_loop"), f"low > -{MARGIN:g}")
+    figures["reward_uplift_over_plain"] = mean(differences("cards", "plain"), "> 0")
+    for way, found in rewards.items():
+        figures[f"reward_{way}"] = mean(found)
+    figures["judge_calls_per_128_tokens"] = mean([128 * c["judge_calls"] / c["response_tokens"] for c in costs[main]])
+    figures["sampled_tokens_per_token"] = mean([c["sampled_tokens"] / c["response_tokens"] for c in costs[main]])
+    for fate in ("accepted", "best", "rejected", "surplus"):
+        figures[f"candidates_{fate}"] = mean([c["candidates"][fate] for c in costs[main]])
+    figures["segment_tokens"] = mean([s["tokens"] for c in costs[main] for s in c["segments"]])
+    for n in CANDIDATES[1:]:
+        figures[f"time_ratio_{n}_at_once_to_one"] = median(ratios(seconds[f"cards_{n}"], seconds["cards_1"]))
+
+
+def _draw(result: Result, out: Path) -> None:
+    (time_axis, reward_axis), save = axes(out, "cards", 2, "Cascade reward sampling on the lab models")
+    seconds = result.samples["seconds"]
+    found = [median(seconds[way]) for way in WAYS]
+    errors = [[f.value - f.low for f in found], [f.high - f.value for f in found]]
+    time_axis.bar(WAYS, [f.value for f in found], yerr=errors, capsize=4)
+    time_axis.tick_params(axis="x", labelrotation=20)
+    time_axis.set(ylabel=f"seconds for {TOKENS} tokens", yscale="log")
+    names = ("plain", "cards", "args_loop")
+    found = [result.figures[f"reward_{name}"] for name in names]
+    errors = [[f.value - f.low for f in found], [f.high - f.value for f in found]]
+    reward_axis.bar(names, [f.value for f in found], yerr=errors, capsize=4)
+    reward_axis.axhline(0, color="black", linewidth=0.8)
+    reward_axis.set(ylabel="reward (judge-other)", title=f"{result.setting['reward_prompts']} held-out prompts")
+    save()
