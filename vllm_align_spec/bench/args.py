@@ -48,7 +48,7 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
         settings += [{**BASE, "batch": batch, "k": k} for batch in (1, 8) for k in TOP_KS if k != TOP_K]
         settings += [{**BASE, "batch": 8, "prompt": length} for length in PROMPTS]
     weights = (0.0, 1.0, 3.0) if quick else (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
-    repeats, loops, count = (6, 2, 32) if quick else (16, 6, 96)
+    repeats, loops, count = (6, 2, 32) if quick else (8, 6, 96)
     result = Result("args")
     sizes = {name: _size(name) for name in ("base", "judge")}
     result.setting |= {
