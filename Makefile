@@ -14,6 +14,8 @@ PIP := $(RUN)/python -m pip --disable-pip-version-check --no-input
 # Tests: no network, little memory per engine, and the OpenMP without which speculative decoding on a CPU crawls.
 TEST_ENV := HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 LD_PRELOAD=$(CURDIR)/$(VENV)/lib/libiomp5.so
 ARGS ?=
+# An engine is several processes, and without bytecode on disk each of them would compile vLLM and torch anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo test test-slow bench lint format lab lock clean
 
@@ -55,6 +57,7 @@ bench: setup
 	$(RUN)/vllm-align-spec bench overhead $(ARGS)
 	$(RUN)/vllm-align-spec bench wsd $(ARGS)
 	$(RUN)/vllm-align-spec bench asap $(ARGS)
+	$(RUN)/vllm-align-spec bench args $(ARGS)
 	$(RUN)/vllm-align-spec bench cards $(ARGS)
 
 lint: setup

@@ -68,6 +68,12 @@ class Metrics:
         self.asap_evictions = Gauge(
             "align_spec:asap_evictions", "Tries evicted since the worker started.", multiprocess_mode="mostrecent"
         )
+        self.guided_rows = Counter(
+            "align_spec:guided_rows", "Rows of logits that a companion bent, drafts included.", ("method",)
+        )
+        self.guided_unanswered = Counter(
+            "align_spec:guided_unanswered", "Rows where a companion's answer was no finite number.", ("method",)
+        )
         self.cards_segments = Counter(
             "align_spec:cards_segments",
             "Candidates of segments, by their fate: accepted, taken as the best of all, rejected, not needed.",
@@ -122,6 +128,9 @@ class Metrics:
             self._observe_wsd(report)
         elif report["method"] == "asap":
             self._observe_asap(report)
+        elif "companions" in report:
+            self.guided_rows.labels(report["method"]).inc(report["rows"] or 0)
+            self.guided_unanswered.labels(report["method"]).inc(report["unanswered"] or 0)
         elif "judge_calls" in report:
             self._observe_judged(report)
 

@@ -79,6 +79,22 @@ class AsapEngineOptions(_Tree):
     save_interval_s: float = Field(60.0, ge=0, description="Shortest time between two savings while requests come.")
 
 
+class CompanionOptions(_Tree):
+    """A second model in the worker, which follows requests beside the target."""
+
+    model: str = Field(description="Folder or repository with config.json and safetensors.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a repository.")
+    role: Literal["reward", "lm"] = Field(
+        description="`reward`: a sequence classifier with one label, which scores. `lm`: a causal language model."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of weights and cache; `auto` is the target's."
+    )
+    max_slots: int | None = Field(None, ge=1, description="Requests that it follows at once; default --max-num-seqs.")
+    max_len: int | None = Field(None, ge=16, description="Longest sequence in tokens; default --max-model-len.")
+    max_candidates: int = Field(40, ge=1, le=256, description="`reward`: most tokens that it scores for each row.")
+
+
 class _RewardOptions(_Tree):
     """What every judge has: how long it may take, and when it is left alone for a while."""
 
@@ -154,6 +170,9 @@ class EngineOptions(_Tree):
     reports: ReportOptions = Field(default_factory=lambda: ReportOptions())
     wsd: WsdEngineOptions = Field(default_factory=lambda: WsdEngineOptions())
     asap: AsapEngineOptions = Field(default_factory=lambda: AsapEngineOptions())
+    companions: dict[str, CompanionOptions] = Field(
+        default_factory=dict, description="Second models in the worker, by the names under which requests know them."
+    )
     rewards: dict[_RewardName, RewardOptions] = Field(
         default_factory=dict, description="Judges of responses, by the names that requests call them."
     )
@@ -204,12 +223,97 @@ class AsapOptions(RequestOptions):
     )
 
 
+_On = Annotated[Literal["on"], BeforeValidator(lambda value: "on" if value in (True, 1) else value)]
+"""A switch without modes; JSON's true reaches vllm_xargs as 1."""
+
+
+_Weight = Annotated[float, Field(ge=-1000, le=1000)]
+
+
+class ArgsOptions(RequestOptions):
+    """Request options of reward-guided search (ARGS, arXiv 2402.01694, section 3)."""
+
+    method: ClassVar[str] = "args"
+
+    args: _On = Field(description="Adds a reward model's score to the likeliest next tokens.")
+    args_reward: str | list[str] | None = Field(
+        None, description="Companions with the role `reward`; not needed where there is only one."
+    )
+    args_weight: _Weight | list[_Weight] = Field(
+        1.0, description="w, of all rewards or one for each; 0 is decoding among the top k."
+    )
+    args_top_k: int = Field(10, ge=1, le=256, description="Next tokens that are scored; all others are excluded.")
+    args_entropy_gate: float = Field(
+        0.0, ge=0, le=20, description="Entropy of a row, in nats, up to which no reward is added."
+    )
+
+    @property
+    def weights(self) -> list[float]:
+        """One for each reward that was named."""
+        given = self.args_weight if isinstance(self.args_weight, list) else [self.args_weight]
+        return given * len(self.rewards) if len(given) == 1 and len(self.rewards) > 1 else given
+
+    @property
+    def rewards(self) -> list[str]:
+        """Names of the rewards; empty where none was named."""
+        return [self.args_reward] if isinstance(self.args_reward, str) else self.args_reward or []
+
+    @model_validator(mode="after")
+    def _weights_fit_rewards(self) -> ArgsOptions:
+        if len(self.weights) != max(1, len(self.rewards)) or len(set(self.rewards)) < len(self.rewards):
+            raise ValueError(
+                f"args_weight={self.args_weight} is not accepted for args_reward={self.args_reward}; accepted: one "
+                "number, or one for each reward, each of which is named once"
+            )
+        return self
+
+
+class DeraOptions(RequestOptions):
+    """Request options of decoding-time realignment (DeRa, arXiv 2402.02992, equation 8)."""
+
+    method: ClassVar[str] = "dera"
+
+    dera: _On = Field(description="Decodes between, or beyond, the served model and an aligned one.")
+    dera_model: str | None = Field(
+        None, description="Companion with the role `lm`: the aligned model; not needed where there is only one."
+    )
+    dera_lambda: float = Field(
+        1.0, ge=0, le=10, description="0 is the served model, 1 the aligned one, more goes beyond it."
+    )
+
+
+class PadOptions(RequestOptions):
+    """Request options of personalised alignment (PAD, arXiv 2410.04070, section 3.3)."""
+
+    method: ClassVar[str] = "pad"
+
+    pad: _On = Field(description="Adds what a personalised model prefers among the likeliest next tokens.")
+    pad_model: str | None = Field(None, description="Companion with the role `lm`; not needed where there is only one.")
+    pad_weight: float = Field(1.0, ge=-10, le=10, description="w; 0 is decoding among the top k.")
+    pad_top_k: int = Field(10, ge=1, le=256, description="Next tokens that are compared; all others are excluded.")
+    pad_persona: str | None = Field(
+        None, max_length=8192, description="System prompt of the companion alone; needs chat messages."
+    )
+
+
+class GenarmOptions(RequestOptions):
+    """Request options of generation with an autoregressive reward model (GenARM, arXiv 2410.08193, equation 8)."""
+
+    method: ClassVar[str] = "genarm"
+
+    genarm: _On = Field(description="Multiplies the model by an autoregressive reward model.")
+    genarm_model: str | None = Field(
+        None, description="Companion with the role `lm`; not needed where there is only one."
+    )
+    genarm_alpha: float = Field(1.0, ge=0, le=10, description="Exponent 1 / beta; 0 is plain decoding.")
+
+
 class CardsOptions(RequestOptions):
     """Request options of cascade reward sampling (arXiv 2406.16306, section 4)."""
 
     method: ClassVar[str] = "cards"
 
-    cards: Literal["on"] = Field(description="Switches the method on.")
+    cards: _On = Field(description="Switches the method on.")
     cards_reward: str = Field("", description="Name of the judge; may be left out where the engine has only one.")
     cards_threshold: float = Field(
         allow_inf_nan=False, description="r*, the reward asked of a whole response; `vllm-align-spec calibrate`."
@@ -260,7 +364,7 @@ class DealOptions(RequestOptions):
 
     method: ClassVar[str] = "deal"
 
-    deal: Literal["on"] = Field(description="Switches the method on.")
+    deal: _On = Field(description="Switches the method on.")
     deal_reward: _Names = Field([], description="Names of the judges; may be left out where the engine has only one.")
     deal_weights: _Weights = Field([], description="Weight of each, lambda included; 1 if left out.")
     deal_top_k: int = Field(10, ge=1, le=256, description="Likeliest next tokens that are looked behind.")
@@ -270,7 +374,17 @@ class DealOptions(RequestOptions):
     )
 
 
-METHODS: tuple[type[RequestOptions], ...] = (WsdOptions, AsapOptions, CardsOptions, BonOptions, DealOptions)
+METHODS: tuple[type[RequestOptions], ...] = (
+    WsdOptions,
+    AsapOptions,
+    ArgsOptions,
+    DeraOptions,
+    PadOptions,
+    GenarmOptions,
+    CardsOptions,
+    BonOptions,
+    DealOptions,
+)
 SHARED_KEYS = frozenset({"align_spec_strict"})
 _PREFIXES = (*(f"{cls.method}_" for cls in METHODS), "align_spec_")
 METHOD_NAMES = frozenset(cls.method for cls in METHODS)
@@ -347,18 +461,29 @@ def _explain(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> 
     parts = []
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"])
+        if path.partition(".")[0] in cls.model_fields and issubclass(cls, RequestOptions):
+            path = path.partition(".")[0]  # what follows is the alternative of a union, or a place in a list
         if item["type"] == "extra_forbidden":
             parts.append(f"unknown option {prefix}{path}={item['input']!r}; accepted are {', '.join(cls.model_fields)}")
         elif item["type"] == "missing":
             parts.append(f"{prefix}{path} is missing")
+        elif not path:
+            parts.append(item["msg"].removeprefix("Value error, "))
         else:
             accepted = _accepted(cls, path) if path in cls.model_fields else item["msg"]
             parts.append(f"{prefix}{path or 'value'}={item['input']!r} is not accepted; accepted: {accepted}")
-    return "; ".join(parts)
+    return "; ".join(dict.fromkeys(parts))
 
 
 def _accepted(cls: type[BaseModel], field: str) -> str:
-    schema = cls.model_json_schema()["properties"][field]
+    return _accepted_by(cls.model_json_schema()["properties"][field])
+
+
+def _accepted_by(schema: Mapping[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(_accepted_by(one) for one in schema["anyOf"] if one.get("type") != "null")
+    if schema.get("type") == "array":
+        return f"a list, each of it {_accepted_by(schema['items'])}"
     if "enum" in schema:
         return " | ".join(repr(v) for v in schema["enum"])
     if "const" in schema:

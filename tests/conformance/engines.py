@@ -13,8 +13,14 @@ import torch
 import transformers
 
 from vllm_align_spec import lab
+from vllm_align_spec.strategies.guided import digests
 
 DRAFTS = 5
+COMPANIONS = {
+    "judge": {"model": str(lab.model_path("judge")), "role": "reward"},
+    "judge-other": {"model": str(lab.model_path("judge-other")), "role": "reward"},
+    "pilot": {"model": str(lab.model_path("pilot")), "role": "lm"},
+}
 HERE = Path(__file__).parent
 
 
@@ -38,6 +44,7 @@ class Engine:
                 "model": str(lab.model_path("pilot")),
                 "num_speculative_tokens": DRAFTS,
             },
+            "additional_config": {"align_spec": {"companions": COMPANIONS}},
             **config,
         }
         environment = {
@@ -115,13 +122,26 @@ class Engine:
                     "asap": request["asap"],
                     **request.get("arguments", {}),
                 }
+            if "guided" in request:
+                request["id"] = uuid.uuid4().hex
+                method, companions, arguments = request["guided"]
+                own = request.get("own_prompt")
+                spec["extra_args"] = {
+                    method: "on",
+                    "align_spec_companions": {
+                        name: {"prefix": digests(own or prompt, ""), **({"prompt": own} if own else {})}
+                        for name in companions
+                    },
+                    "align_spec_id": request["id"],
+                    **arguments,
+                }
             if "cards" in request:
                 request["id"] = uuid.uuid4().hex
-                spec["stop_token_ids"] = list(self.control_ids)
+                spec["stop_token_ids"] = list(request["control_ids"])
                 spec["extra_args"] = {
                     "cards": "on",
                     "cards_entropy": request["cards"],
-                    "align_spec_control_ids": list(self.control_ids),
+                    "align_spec_control_ids": list(request["control_ids"]),
                     "align_spec_id": request["id"],
                 }
             prompts.append(prompt)
@@ -133,7 +153,7 @@ class Engine:
         ids = [r["id"] for r in requests if "id" in r]
         reports = self._ask(reports=ids) if ids else {}
         for request, output in zip(requests, outputs, strict=True):
-            if "asap" in request or "cards" in request:
+            if not {"asap", "guided", "cards"}.isdisjoint(request):
                 output["report"] = reports[request["id"]]
             if "wsd" in request:
                 assert output["tokens"][0] == request["prompt"][-1], "the held-back prompt token comes first"
@@ -166,6 +186,13 @@ def stop_id():
 def reference(name):
     torch.set_num_threads(1)
     return transformers.AutoModelForCausalLM.from_pretrained(lab.model_path(name), dtype=torch.float32).eval()
+
+
+@cache
+def judge(name):
+    torch.set_num_threads(1)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(lab.model_path(name), dtype=torch.float32)
+    return model.eval()
 
 
 @cache

@@ -23,10 +23,11 @@ def control_ids():
     return control.choose(tokenizer(), 4096, [2])
 
 
-@pytest.fixture(scope="session", params=[True, False], ids=["speculation", "no-speculation"])
-def engine(request, engines, runner, control_ids):
-    config = {} if request.param else {"speculative_config": None}
-    return engines(runner, control_ids=control_ids, **config)
+@pytest.fixture(
+    scope="session", params=[True, pytest.param(False, marks=pytest.mark.slow)], ids=["speculation", "no-speculation"]
+)
+def engine(request, engines, runner):
+    return engines(runner, **({} if request.param else {"speculative_config": None}))
 
 
 def cards(prompt, entropy, **params):
@@ -64,6 +65,8 @@ def assert_segment(request, output, control_ids):
 
 
 def check(engine, requests, control_ids):
+    for request in requests:
+        request["control_ids"] = control_ids
     outputs = engine.generate(requests)
     close = total = 0
     for request, output in zip(requests, outputs, strict=True):

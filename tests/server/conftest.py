@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 from serving import MODELS, SPECULATION, JudgeEndpoint, PilotEndpoint, start_server, stop_server
 
+sys.path.append(str(Path(__file__).parents[1] / "unit"))
+import foreign_judge
+
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory, pilot, judge):
+def server(tmp_path_factory, pilot, foreign, judge):
     """The server; it must be alive when the tests are done."""
     options = {
         "align_spec": {
             "wsd": {"pilot": {"url": pilot.url, "model": "pilot", "timeout_s": 5, "chunk_tokens": 8}},
+            "companions": {
+                "judge": {"model": str(MODELS / "judge"), "role": "reward", "max_len": 512},
+                "judge-other": {"model": str(MODELS / "judge-other"), "role": "reward"},
+                "aligned": {"model": str(MODELS / "pilot"), "role": "lm"},
+                "foreign": {"model": str(foreign[0]), "role": "reward", "max_candidates": 5},
+            },
             "rewards": {
                 "good": {"kind": "model", "model": str(MODELS / "judge"), "timeout_s": 60},
                 "remote": {
@@ -34,6 +45,13 @@ def server(tmp_path_factory, pilot, judge):
     alive = server.process.poll() is None and server.get("/health")[0] == 200
     stop_server(server)
     assert alive, server.log.read_text()[-3000:]
+
+
+@pytest.fixture(scope="session")
+def foreign(tmp_path_factory):
+    """Folder, model and tokenizer of a reward model that cuts text otherwise than the base model."""
+    folder = tmp_path_factory.mktemp("foreign")
+    return folder, *foreign_judge.save(folder)
 
 
 @pytest.fixture(scope="session")

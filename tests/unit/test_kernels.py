@@ -88,7 +88,7 @@ def test_row_logsumexp_equals_torch():
 
 @in_a_process(interpreted=True)
 def test_row_entropy_equals_torch():
-    from vllm_align_spec.processors import cards, kernels
+    from vllm_align_spec.processors import kernels, rows
 
     torch.manual_seed(0)
     for vocab_size in (7, 4096, 9000):
@@ -100,7 +100,7 @@ def test_row_entropy_equals_torch():
         p = logits[index].double().softmax(-1)
         expected = torch.special.entr(p).sum(-1)
         assert_close(kernels.row_entropy(logits, index), expected, 2e-5)
-        assert_close(cards.row_entropy(logits, index), expected, 2e-5)
+        assert_close(rows.row_entropy(logits, index), expected, 2e-5)
         assert_close(kernels.row_entropy(logits, index)[0, 0], torch.tensor(vocab_size).log(), 1e-5)
 
 

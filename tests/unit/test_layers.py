@@ -17,11 +17,15 @@ ALLOWED = {
     "metrics": {"options"},
     "report": {"options", "metrics"},
     "patches": set(),
-    "processors": {"options"},
+    "companion": {"options", "processors"},
+    "processors": {"options", "companion"},
     "rewards": {"options", "metrics"},
     "strategies": {"options", "processors", "rewards", "report", "metrics"},
     "registry": {"options", "processors", "strategies"},
-    "engine": {"options", "report", "metrics", "processors", "rewards", "strategies", "registry", "patches"},
+    "engine": {
+        *("options", "report", "metrics", "processors", "companion"),
+        *("rewards", "strategies", "registry", "patches"),
+    },
     "plugin": {"options", "patches"},
     "lab": {"options", "processors"},
 }

@@ -14,6 +14,7 @@ BENCHES = {
     "wsd": "time and reward of weak-to-strong decoding",
     "cards": "time, reward and judge calls of cascade reward sampling against the published ARGS loop",
     "asap": "cost, exactness and use of grammar-aligned sampling",
+    "args": "speed and effect of reward-guided search",
 }
 
 

@@ -173,6 +173,7 @@ class Stepper:
             index=index,
             count=torch.ones(self._lanes, dtype=torch.int64),
             position=torch.full((self._lanes,), self._position),
+            fed=torch.zeros(self._lanes, dtype=torch.int64),
             draft=torch.full((self._lanes, 1), -1),
             entry=torch.arange(self._lanes),
             entry_np=lanes,
@@ -363,7 +364,7 @@ def _trie_alone(tries: Any, law: Law, rng: np.random.Generator) -> float:
 
 def memory(result: Result) -> None:
     """Bytes a node: what the tries count, and what the process grew by."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     from vllm_align_spec.processors.trie import BYTES_PER_NODE, Tries
 

@@ -48,7 +48,7 @@ async def consume(engine: Any, asked: dict[str, Any], request_id: str) -> None:
 
 def memory() -> dict[str, float]:
     """MB that belong to one process alone: this one, the engine's, the worker's."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     front = psutil.Process()
     found = {"front end": front.memory_full_info().uss / 1e6}

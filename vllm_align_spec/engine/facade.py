@@ -25,7 +25,7 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Logit
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
 from vllm_align_spec import options, registry
-from vllm_align_spec.engine import control, v2
+from vllm_align_spec.engine import companions, control, v2
 from vllm_align_spec.patches import STATE
 from vllm_align_spec.processors.rows import Control, Layout, Processor, Rows, force, row_logsumexp, send
 
@@ -58,9 +58,9 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         configured = options.parse_engine(vllm_config.additional_config)
         parallel = vllm_config.parallel_config
         keeper = parallel.rank == parallel.world_size - parallel.tensor_parallel_size  # first of the last stage
-        layout = Layout(
-            device, max(1024, 4 * max_reqs), self.rows, vocab_size, configured, _identity(vllm_config), keeper
-        )
+        entries = max(1024, 4 * max_reqs)
+        second = companions.load(vllm_config, configured, device, self.rows, entries)
+        layout = Layout(device, entries, self.rows, vocab_size, configured, _identity(vllm_config), keeper, second)
         self._processors: list[Processor] = [
             cls(layout) for cls in registry.processors() if configured.enabled and (speculative or not cls.drafter)
         ]
@@ -69,7 +69,9 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
         self._entries: OrderedDict[str, int] = OrderedDict()  # id -> entry, oldest first
         self._capacity = layout.entries
+        self._asked: dict[str, frozenset[str]] = {}  # id -> methods that admitted it
         self._errors: dict[str, str] = {}
+        self._entered: dict[int, torch.Tensor | None] = {}  # slot -> its tokens; None if runner V2 has them
         slots = self.slots = max_reqs + 1
         self._ids: list[str | None] = [None] * slots
         self._entry = np.full(slots, -1, dtype=np.int64)  # slot -> entry, -1 for requests that are not ours
@@ -139,6 +141,7 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
                         raise RuntimeError(f"patches {missing} are not in force in the worker")
                     if not known:
                         processor.admit(entry, extra, prompt_len)
+                        self._asked[identity] |= {processor.method}
                         if resumed:
                             raise RuntimeError("preempted for so long that its state was dropped")
                 except Exception as error:  # nothing a request contains may kill the engine
@@ -155,15 +158,21 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             placed = {i for i in self._ids if i is not None}
             oldest = next(i for i in self._entries if i not in placed)
             entry = self._entries.pop(oldest)
+            self._asked.pop(oldest)
             self._errors.pop(oldest, None)
         self._entries[identity] = entry
+        self._asked[identity] = frozenset()
         return entry
 
     def _remove(self, slot: int) -> None:
         if self._entry[slot] >= 0:
+            for processor in self._processors:
+                if processor.follows:
+                    processor.leave(int(self._entry[slot]))
             self._ids[slot] = None
             self._entry[slot] = -1
             self._placed -= 1
+            self._entered.pop(slot, None)
             for wants in self._wants.values():
                 wants[slot] = False
 
@@ -189,7 +198,8 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             for slot in batch_update.removed:
                 self._remove(slot)
             for slot, params, prompt, output in batch_update.added:
-                self._place(slot, params, len(prompt or ()), resumed=bool(output))
+                if self._place(slot, params, len(prompt or ()), resumed=bool(output)) and self._followed(slot):
+                    self._entered[slot] = torch.tensor([*(prompt or ()), *output])
             for source, target, direction in batch_update.moved:
                 self._move(source, target, swap=direction is MoveDirectionality.SWAP)
         self.apply_staged_writes()
@@ -199,6 +209,8 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         for array in arrays:
             array[[source, target]] = array[[target, source]]
         self._ids[source], self._ids[target] = self._ids[target], self._ids[source]
+        entered = {target: self._entered.pop(source, 0), source: self._entered.pop(target, 0)}
+        self._entered |= {slot: tokens for slot, tokens in entered.items() if not isinstance(tokens, int)}
         if not swap:
             self._remove(source)
 
@@ -209,17 +221,36 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         assert self._states is not None
         prompt_len = int(self._states.prompt_len.np[req_idx])
         resumed = int(self._states.prefill_len.np[req_idx]) > prompt_len
-        return self._place(req_idx, sampling_params, prompt_len, resumed=resumed)
+        wanted = self._place(req_idx, sampling_params, prompt_len, resumed=resumed)
+        if wanted and self._followed(req_idx):
+            self._entered[req_idx] = None
+        return wanted
 
     def apply_staged_writes(self) -> None:
         """Runs before each forward pass."""
         self._masks = False
+        if self._entered:
+            self._enter()
         if self._placed:
             for processor in self._processors:
                 with self.guard(processor=processor):
                     processor.flush()
 
     # Both ------------------------------------------------------------------------------------------------------
+
+    def _followed(self, slot: int) -> bool:
+        return any(p.follows and self._wants[p.method][slot] for p in self._processors)
+
+    def _enter(self) -> None:
+        for slot, tokens in self._entered.items():
+            if tokens is None:
+                assert self._states is not None
+                tokens = self._states.all_token_ids.gpu[slot, : int(self._states.prefill_len.np[slot])].long()
+            for processor in self._processors:
+                if processor.follows and self._wants[processor.method][slot]:
+                    with self.guard(np.array([slot]), processor):
+                        processor.enter(int(self._entry[slot]), tokens)
+        self._entered.clear()
 
     def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
         """V1: puts decided rows into what is sampled. V2 (with ``ctx``): shows the step's rows to the methods."""
@@ -312,9 +343,9 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         known = [i for i in ids if i in self._entries]
         found: dict[str, dict[str, Any]] = {i: {} for i in known}
         for processor in self._processors:
-            for identity, report in zip(
-                known, processor.reports([self._entries[i] for i in known]) if known else (), strict=True
-            ):
+            asked = [i for i in known if processor.method in self._asked[i]]
+            reports = processor.reports([self._entries[i] for i in asked]) if asked else ()
+            for identity, report in zip(asked, reports, strict=True):
                 found[identity][processor.method] = report
         for identity in known:
             if identity in self._errors:

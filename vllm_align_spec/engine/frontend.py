@@ -17,7 +17,7 @@ import time
 import uuid
 import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -30,7 +30,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from vllm_align_spec import registry
-from vllm_align_spec.engine import control
+from vllm_align_spec.engine import companions, control
 from vllm_align_spec.engine.output import Assembler, choice_params, rows
 from vllm_align_spec.engine.pilot import Pilot
 from vllm_align_spec.metrics import metrics
@@ -55,9 +55,6 @@ MESSAGES_KEY = "align_spec_messages"
 
 TAIL_TOKENS = 8
 """Prompt tokens in sight when a text that follows the prompt is encoded: enough for any character's bytes."""
-
-WITH_GRAMMAR = frozenset({"asap", "bon"})
-"""Methods whose inner requests are whole responses, so that a grammar means in them what it means to the client."""
 
 _JUDGE_STATUS = {
     "timeout": HTTPStatus.GATEWAY_TIMEOUT,
@@ -150,6 +147,9 @@ class Frontend:
         self.options: EngineOptions = parse_engine(config.additional_config)
         self.control_ids = self._control_ids()
         self.facts = _facts(config, self.options, bool(self.control_ids))
+        self._places = {
+            name: asyncio.Semaphore(one.max_slots) for name, one in self.facts.companions.items() if one.max_slots
+        }
         self.reports = ReportStore(self.options.reports)
         self.collector = ReportCollector(self._ask_workers)
         self._strategies = {strategy.method: strategy for strategy in registry.strategies()}
@@ -178,6 +178,15 @@ class Frontend:
                 f"below {vocab_size} that occur in no text and end no response ({stop_ids} do)"
             )
         return dict(zip(ids, control.NAMES, strict=True))
+
+    @asynccontextmanager
+    async def places(self, names: Sequence[str]) -> AsyncGenerator[None, None]:
+        """Waits until companions have room for one more request."""
+        async with AsyncExitStack() as held:
+            for name in sorted(names):
+                if name in self._places:
+                    await held.enter_async_context(self._places[name])
+            yield
 
     @property
     def engine(self) -> Any:
@@ -212,7 +221,7 @@ class Frontend:
         params.extra_args = {k: v for k, v in (params.extra_args or {}).items() if not is_ours(k)} or None
         bends = _bends(params, kwargs, engine.model_config)
         strategy = self._strategy(options)
-        if strategy.method not in WITH_GRAMMAR and params.structured_outputs is not None:
+        if not strategy.structured and params.structured_outputs is not None:
             bends["structured_outputs=True"] = "drop it (response_format, tools set it)"
         truncates = _truncates(params) if strategy.method in ("asap", "cards") else {}
         if strategy.method == "bon" or not (bends or truncates):
@@ -445,6 +454,11 @@ class _Choice:
             self._worker_id = None
         return list(self._answers)
 
+    @property
+    def facts(self) -> EngineFacts:
+        """See `strategies.base.Engine.facts`."""
+        return self._frontend.facts
+
     async def worker_reports(self) -> Sequence[Mapping[str, Any] | None]:
         """See `strategies.base.Engine.worker_reports`."""
         return [_of_method(self._call.strategy.method, await answer) for answer in self.ask()]
@@ -485,7 +499,8 @@ class _Choice:
                 control_ids = self._frontend.control_ids
                 params.extra_args[control.KEY] = list(control_ids)
                 params.stop_token_ids = [*(params.stop_token_ids or ()), *control_ids]
-        async with aclosing(self._launch(prompt_token_ids, params)) as outputs:
+        followed = (arguments or {}).get("align_spec_companions", ())
+        async with self._frontend.places(followed), aclosing(self._launch(prompt_token_ids, params)) as outputs:
             async for output in outputs:
                 completion = output.outputs[0]
                 token_ids = list(completion.token_ids)
@@ -681,6 +696,8 @@ def _facts(config: Any, options: EngineOptions, control_ids: bool) -> EngineFact
         pilot=options.wsd.pilot is not None,
         control_ids=control_ids,
         reasoning=bool(structured.reasoning_parser) and not structured.enable_in_reasoning,
+        companions=companions.facts(config, options),
+        render=lambda name, *asked: companions.render(config.model_config, options.companions[name], *asked),
         rewards=tuple(options.rewards),
         max_logprobs=config.model_config.max_logprobs,
     )

@@ -112,6 +112,7 @@ def _show(facade: AlignSpecLogitsProcessor, runner: Any, logits: torch.Tensor, m
     else:
         fed = metadata.logits_indices[send(first, device)]
     position = runner.positions[fed].long()
+    token = runner.input_ids.gpu[fed].long()
     kept = ~runner.discard_request_mask.gpu[:num_reqs]
 
     active: list[tuple[Processor, np.ndarray[Any, Any]]] = []
@@ -158,6 +159,7 @@ def _show(facade: AlignSpecLogitsProcessor, runner: Any, logits: torch.Tensor, m
                 index=send(start[at][:, None] + np.minimum(r, count[at][:, None] - 1), device),
                 count=send(count[at], device) * kept[picked],
                 position=position[picked],
+                fed=token[picked],
                 draft=draft,
                 entry=send(entries, device),
                 entry_np=entries,

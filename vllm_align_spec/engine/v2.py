@@ -162,6 +162,7 @@ def _show(facade: AlignSpecLogitsProcessor, states: Any, logits: torch.Tensor, c
                 index=index,
                 count=rows[:, 0] * kept[picked],
                 position=position[picked],
+                fed=ctx.input_ids[index[:, 0]].long(),
                 draft=torch.where(r < rows - 1, draft, -1),
                 entry=send(entries, device),
                 entry_np=entries,

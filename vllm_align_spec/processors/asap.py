@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from vllm_align_spec.options import MAX_STOP_IDS
-from vllm_align_spec.processors.rows import Control, HostRows, Layout, Rows, force, row_logsumexp, send
+from vllm_align_spec.processors.rows import Control, HostRows, Layout, Processor, Rows, force, row_logsumexp, send
 
 if TYPE_CHECKING:
     from vllm_align_spec.processors.trie import Tries
@@ -247,7 +247,7 @@ class _Step:
     seconds: float
 
 
-class AsapProcessor:
+class AsapProcessor(Processor):
     """All modes of ASAp, for all requests of a step at once.
 
     Between two steps an attempt stands at a place: the token that was drawn last, and the node of the row it was drawn

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from vllm_align_spec.processors.rows import Control, Layout, Rows, force, send
+from vllm_align_spec.processors.rows import Control, Layout, Processor, Rows, force, row_entropy, send
 
 SHORTEST = 4
 """Tokens of a segment before it may end by entropy."""
@@ -27,26 +27,7 @@ LONGEST = 64
 """Tokens of a segment at most; the strategy sees to it."""
 
 
-def row_entropy(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of softmax(logits[index]).
-
-    Args:
-        logits: [N, V] float32.
-        index: [S, L] int64 lines of ``logits``.
-
-    Returns:
-        [S, L] float32; between 0 and ln V.
-    """
-    if logits.is_cuda:
-        from vllm_align_spec.processors import kernels
-
-        return kernels.row_entropy(logits, index)
-    p = logits.index_select(0, index.reshape(-1)).softmax(-1)
-    entropy: torch.Tensor = torch.special.entr(p).sum(-1)
-    return entropy.view(index.shape)
-
-
-class CardsProcessor:
+class CardsProcessor(Processor):
     """The boundary, for all requests of a step at once."""
 
     method: ClassVar[str] = "cards"
@@ -114,6 +95,3 @@ class CardsProcessor:
         """The entropies before each token of a segment, as far as it came; what follows is of no meaning."""
         found = self._entropy[torch.tensor(entries, device=self._entropy.device), :LONGEST]
         return [{"entropies": row} for row in found.tolist()]
-
-    def close(self) -> None:
-        """Nothing outlives the worker."""

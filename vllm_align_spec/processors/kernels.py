@@ -285,7 +285,7 @@ def row_logsumexp(logits: torch.Tensor, line: torch.Tensor, scale: torch.Tensor)
 
 
 def row_entropy(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """See `cards.row_entropy`."""
+    """See `rows.row_entropy`."""
     index = index.contiguous()
     out = torch.empty(index.shape, dtype=torch.float32, device=logits.device)
     _entropy_kernel[(index.numel(),)](logits, logits.stride(0), index, out, logits.shape[1], BLOCK=_BLOCK)

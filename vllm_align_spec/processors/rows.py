@@ -12,12 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 
 from vllm_align_spec.options import EngineOptions
+
+if TYPE_CHECKING:
+    from vllm_align_spec.companion.bridge import BridgedCompanion
+    from vllm_align_spec.companion.model import Companion
 
 
 class Control(IntEnum):
@@ -53,6 +57,8 @@ class Rows:
     count: torch.Tensor
     # [S] int64: where in its sequence the token stands that was fed at row 0 (prompt included, from 0)
     position: torch.Tensor
+    # [S] int64: the token that was fed at row 0, the last one of the sequence so far
+    fed: torch.Tensor
     # [S, L] int64: token drafted after the row; -1 at the bonus row, beyond it, and where no usable draft stands
     draft: torch.Tensor
     # [S] int64: entry of the request in the method's state
@@ -66,6 +72,10 @@ class Rows:
     control: torch.Tensor | None = None
     # where the copies for `host` come from, if they were started before the forward pass
     fetch: Callable[[], HostRows] | None = None
+
+    def chain(self) -> torch.Tensor:
+        """[S, L] int64, the token that was fed at each row; 0 where none was that counts."""
+        return torch.cat([self.fed[:, None], self.draft[:, :-1].clamp(min=0)], 1)
 
     def host(self) -> HostRows:
         """The grid's small numbers on the host. May wait for the device, though not for this step's forward pass if
@@ -88,6 +98,7 @@ class Layout:
     identity: Mapping[str, str] = field(default_factory=dict)
     # of ranks that hold the same state, one keeps it beyond the engine's life
     keeper: bool = True
+    companions: Mapping[str, Companion | BridgedCompanion] = field(default_factory=dict)
 
 
 class Processor(Protocol):
@@ -101,12 +112,27 @@ class Processor(Protocol):
     """Whether it reads `Rows.unmasked`."""
     control: ClassVar[bool]
     """Whether it ends requests by forcing control ids; elsewhere these are masked in its rows."""
+    follows: ClassVar[bool] = False
+    """Whether it follows whole sequences: only then it hears `enter` and `leave`."""
 
     def __init__(self, layout: Layout) -> None:
         """Allocates everything: construction runs inside the engine's memory profile, steps do not."""
 
     def admit(self, entry: int, arguments: Mapping[str, Any], prompt_len: int) -> None:
         """Initialises an entry for a new request, on the host; ``flush`` sends it to the device."""
+
+    def enter(self, entry: int, tokens: torch.Tensor) -> None:
+        """The request comes into the batch, for the first time (after ``admit``) or after a preemption.
+
+        Args:
+            entry: its entry.
+            tokens: [n] int64, prompt and response so far.
+        """
+        return
+
+    def leave(self, entry: int) -> None:
+        """The request is not in the batch any more. On runner V2 this may be said late."""
+        return
 
     def abandon(self, entry: int) -> None:
         """The request's state is lost (it was aged out) or the method failed: decode plainly from here on, or, if the
@@ -138,7 +164,8 @@ class Processor(Protocol):
         """What happened to the requests in these entries, which have ended. Waits for the device."""
 
     def close(self) -> None:
-        """The worker ends."""
+        """The worker ends. Most methods keep nothing beyond it."""
+        return
 
 
 def send(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
@@ -183,6 +210,25 @@ def row_logsumexp(logits: torch.Tensor, line: torch.Tensor, scale: torch.Tensor)
 
         return kernels.row_logsumexp(logits, line, scale)
     return (logits.index_select(0, line).float() * scale[:, None]).logsumexp(-1)
+
+
+def row_entropy(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of softmax(logits[index]).
+
+    Args:
+        logits: [N, V] float32.
+        index: [S, L] int64 lines of ``logits``.
+
+    Returns:
+        [S, L] float32; between 0 and ln V.
+    """
+    if logits.is_cuda:
+        from vllm_align_spec.processors import kernels
+
+        return kernels.row_entropy(logits, index)
+    p = logits.index_select(0, index.reshape(-1)).softmax(-1)
+    entropy: torch.Tensor = torch.special.entr(p).sum(-1)
+    return entropy.view(index.shape)
 
 
 def force(logits: torch.Tensor, index: torch.Tensor, where: torch.Tensor, tokens: torch.Tensor) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from vllm_align_spec.options import MAX_STOP_IDS, MAX_WINDOW
-from vllm_align_spec.processors.rows import Layout, Rows, force, token_logprobs
+from vllm_align_spec.processors.rows import Layout, Processor, Rows, force, token_logprobs
 
 _Entries = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -60,7 +60,7 @@ STEP_CAPACITY = 1024
 """Steps of a response whose boundaries the report itemises."""
 
 
-class WsdProcessor:
+class WsdProcessor(Processor):
     """The switch, for all requests of a step at once. The rule of each row is in METHODS order: (a), (b), (c)."""
 
     method: ClassVar[str] = "wsd"
@@ -207,6 +207,3 @@ class WsdProcessor:
             {"reason": REASONS[reason], "kept": kept, "steps": steps, "starts": starts[: min(steps, STEP_CAPACITY)]}
             for reason, kept, steps, starts in zip(*(column[which].tolist() for column in columns), strict=True)
         ]
-
-    def close(self) -> None:
-        """Nothing outlives the worker."""

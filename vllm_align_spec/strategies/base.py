@@ -6,7 +6,7 @@ and never taken back. Text, stop strings, usage and the shape of the response ar
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
@@ -85,6 +85,20 @@ class Request:
 
 
 @dataclass(frozen=True)
+class CompanionFacts:
+    """What admission must know about a second model in the worker."""
+
+    role: str
+    max_len: int
+    """Tokens of the longest sequence that it can follow."""
+    max_candidates: int
+    bridged: bool
+    """Whether it has other tokens than the target, and so a prompt of its own."""
+    max_slots: int | None
+    """Requests that it follows at once; None if as many as the engine runs."""
+
+
+@dataclass(frozen=True)
 class EngineFacts:
     """What admission must know about the engine."""
 
@@ -105,6 +119,9 @@ class EngineFacts:
     """Whether the model has token ids to spare by which a processor can end a request."""
     reasoning: bool
     """Whether grammars only begin where a reasoning parser says that reasoning has ended."""
+    companions: Mapping[str, CompanionFacts] = field(default_factory=dict)
+    render: Callable[[str, str | None, Request], Sequence[int]] = lambda *_: []
+    """Companion, system prompt, request -> token ids of its prompt as the companion would write it."""
     rewards: Sequence[str] = ()
     """Names of the judges that the operator configured."""
     max_logprobs: int = 20
@@ -113,6 +130,11 @@ class EngineFacts:
 
 class Engine(Protocol):
     """The engine as one choice of one request sees it. Closing a generator aborts what it launched."""
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What admission knew."""
+        ...
 
     def generate(
         self,
@@ -213,9 +235,15 @@ Notes = dict[str, Any]
 class Strategy(Protocol):
     """A method on the response plane. Instances hold no state of a request."""
 
-    method: ClassVar[str]
+    @property
+    def method(self) -> str:
+        """Its name."""
+        ...
+
     control: ClassVar[bool]
     """Whether its token processor ends requests by control ids."""
+    structured: ClassVar[bool]
+    """Whether it can do with structured output."""
 
     def admit(self, request: Request, engine: EngineFacts) -> None:
         """Refuses what cannot be honoured.

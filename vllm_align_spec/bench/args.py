@@ -1,0 +1,298 @@
+"""Speed and effect of reward-guided search on the lab's models.
+
+Speed is that of equally long answers (``ignore_eos``), greedy, by one engine: guided and plain requests run one right
+after the other, so that a slow moment of the machine hits both. The loop that it is also held against is the published
+one with transformers (`args_loop`), on the same prompts; its tokens are compared with the engine's.
+
+Effect is the reward of sampled answers of natural length by the judge that did not guide, and their perplexity under
+the base model, over the weight.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vllm_align_spec import lab
+from vllm_align_spec.bench.measure import PAUSE_S, Result, axes, console, mean, median, ratios, start_engine
+
+if TYPE_CHECKING:
+    from vllm_align_spec.engine.offline import LLM
+
+TOKENS = 128
+LOOP_TOKENS = 128
+TOP_K = 10
+WEIGHT = 1.0
+BASE, BATCHES, TOP_KS, PROMPTS = {"batch": 1, "k": TOP_K, "prompt": 0}, (1, 2, 4, 8, 16), (1, 5, 10, 40), (64, 256, 768)
+
+
+def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
+    """Measures, shows and writes.
+
+    Args:
+        quick: batches 1 and 8, few repeats and prompts.
+        json_file: where the numbers go; None is a file in ``out``.
+        out: folder for the figure.
+    """
+    started = time.monotonic()
+    settings: list[dict[str, int]] = [{**BASE, "batch": batch} for batch in ((1, 8) if quick else BATCHES)]
+    if not quick:
+        settings += [{**BASE, "batch": batch, "k": k} for batch in (1, 8) for k in TOP_KS if k != TOP_K]
+        settings += [{**BASE, "batch": 8, "prompt": length} for length in PROMPTS]
+    weights = (0.0, 1.0, 3.0) if quick else (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
+    repeats, loops, count = (6, 2, 32) if quick else (8, 6, 96)
+    result = Result("args")
+    sizes = {name: _size(name) for name in ("base", "judge")}
+    result.setting |= {
+        "models": {"base": "lab base", "companion": "lab judge", "judge": "lab judge-other"},
+        "parameters": sizes,
+        "tokens": TOKENS,
+        "loop_tokens": LOOP_TOKENS,
+        "repeats": repeats,
+        "prompts": count,
+        "weights": list(weights),
+        "quick": quick,
+    }
+    with ExitStack() as stack:
+        foreign = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        _save_foreign_judge(foreign)
+        engine = stack.enter_context(_engine(foreign))
+        prompts = _prompts(engine)
+        with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
+            task = progress.add_task("", total=len(settings) + loops + len(weights) + 1)
+            for setting in settings:
+                progress.update(task, description=", ".join(f"{name} {value}" for name, value in setting.items()))
+                _measure(engine, prompts, setting, repeats, result)
+                progress.advance(task)
+            progress.update(task, description="the published loop")
+            _loop(engine, prompts[:loops], result, lambda: progress.advance(task))
+            for weight in (None, *weights):
+                progress.update(task, description=f"answers, {_way(weight)}")
+                _answers(engine, prompts[:count], weight, result)
+                progress.advance(task)
+        del engine
+    gc.collect()
+    _figures(result)
+    _draw(result, out)
+    result.finish(json_file, out, started)
+
+
+def _save_foreign_judge(folder: Path) -> None:
+    """A reward model of the judge's shape that cuts text as the lab's other pilot does; for its speed alone."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(lab.model_path("pilot-other"))
+    config = AutoConfig.from_pretrained(lab.model_path("judge"))
+    config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _engine(foreign: Path) -> LLM:
+    companions = {
+        "judge": {"model": str(lab.model_path("judge")), "role": "reward"},
+        "foreign": {"model": str(foreign), "role": "reward"},
+    }
+    return start_engine(
+        str(lab.model_path("base")),
+        "the judge as its companion",
+        max_model_len=1024,
+        max_num_seqs=16,
+        enable_prefix_caching=False,  # prompts come again
+        additional_config={"align_spec": {"companions": companions}},
+    )
+
+
+def _size(name: str) -> int:
+    from safetensors import safe_open
+
+    total = 0
+    with safe_open(str(lab.model_path(name) / "model.safetensors"), "pt") as file:
+        for key in file.keys():  # noqa: SIM118 - not a dictionary
+            total += math.prod(file.get_slice(key).get_shape())
+    return total
+
+
+def _prompts(engine: LLM) -> list[list[int]]:
+    tokenizer = engine.get_tokenizer()
+    return [
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        for messages in lab.heldout_prompts("chat")
+    ]
+
+
+def _generate(
+    engine: LLM,
+    prompts: Sequence[list[int]],
+    weight: float | None,
+    top_k: int = TOP_K,
+    companion: str = "judge",
+    **params: Any,
+) -> tuple[float, list[Any]]:
+    """Seconds and outputs; a weight of None is plain decoding."""
+    from vllm import SamplingParams
+
+    guided = {"args": "on", "args_reward": companion, "args_weight": weight, "args_top_k": top_k}
+    told = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True, **params}
+    time.sleep(PAUSE_S)
+    began = time.perf_counter()
+    outputs = engine.generate(
+        [{"prompt_token_ids": ids} for ids in prompts],
+        [
+            SamplingParams(
+                extra_args=None if weight is None else guided, seed=i if told["temperature"] else None, **told
+            )
+            for i in range(len(prompts))
+        ],
+        use_tqdm=False,
+    )
+    return time.perf_counter() - began, outputs
+
+
+def setting_name(setting: dict[str, int]) -> str:
+    """The key of one setting among the samples."""
+    return ", ".join(f"{name} {value}" for name, value in setting.items())
+
+
+def _measure(engine: LLM, prompts: list[list[int]], setting: dict[str, int], repeats: int, result: Result) -> None:
+    """Plain and guided in turn; the first round warms up and does not count."""
+    batch, length = setting["batch"], setting["prompt"]
+    seconds: dict[str, list[float]] = {"plain": [], "guided": [], "bridged": []}
+    for repeat in range(-1, repeats):
+        first = max(repeat, 0) * batch
+        chosen = [prompts[(first + i) % len(prompts)] for i in range(batch)]
+        if length:
+            chosen = [(prompt * (length // len(prompt) + 1))[-length:] for prompt in chosen]
+        ways = (("plain", None, "judge"), ("guided", WEIGHT, "judge"), ("bridged", WEIGHT, "foreign"))
+        for way, weight, companion in ways:
+            if way == "bridged" and setting["k"] != TOP_K:
+                continue
+            spent, _ = _generate(engine, chosen, weight, setting["k"], companion)
+            if repeat >= 0:
+                seconds[way].append(spent)
+    result.samples.setdefault("seconds", {})[setting_name(setting)] = seconds
+
+
+def _loop(engine: LLM, prompts: list[list[int]], result: Result, advance: Any) -> None:
+    """The published loop and the engine on the same prompts, one after the other."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    from vllm_align_spec.bench.args_loop import args_loop
+
+    logging.disable_progress_bar()
+    base = AutoModelForCausalLM.from_pretrained(lab.model_path("base"), dtype=torch.float32).eval()
+    judge = AutoModelForSequenceClassification.from_pretrained(lab.model_path("judge"), dtype=torch.float32).eval()
+    seconds: dict[str, list[float]] = {"loop": [], "guided": []}
+    same = []
+    for prompt in prompts:
+        spent, (output,) = _generate(engine, [prompt], WEIGHT, max_tokens=LOOP_TOKENS)
+        seconds["guided"].append(spent)
+        began = time.perf_counter()
+        tokens = args_loop(base, judge, prompt, weight=WEIGHT, top_k=TOP_K, max_new_tokens=LOOP_TOKENS, stop_ids=())
+        seconds["loop"].append(time.perf_counter() - began)
+        same.append(tokens == list(output.outputs[0].token_ids))
+        advance()
+    result.samples["loop_seconds"] = seconds
+    result.samples["loop_same_tokens"] = same
+
+
+def _way(weight: float | None) -> str:
+    return "plain" if weight is None else f"w = {weight:g}"
+
+
+def _answers(engine: LLM, prompts: list[list[int]], weight: float | None, result: Result) -> None:
+    """Rewards and log-probabilities of sampled answers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from vllm_align_spec.lab.judge import Judge
+
+    _, outputs = _generate(engine, prompts, weight, temperature=1.0, ignore_eos=False, max_tokens=160)
+    questions = lab.heldout_prompts("chat")[: len(prompts)]
+    said = [
+        [*question, {"role": "assistant", "content": output.outputs[0].text}]
+        for question, output in zip(questions, outputs, strict=True)
+    ]
+    base = AutoModelForCausalLM.from_pretrained(lab.model_path("base"), dtype=torch.float32).eval()
+    logs: list[float] = []
+    lengths: list[int] = []
+    with torch.inference_mode():
+        for prompt, output in zip(prompts, outputs, strict=True):
+            tokens = list(output.outputs[0].token_ids)
+            rows = base(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            logs.append(float(rows.gather(1, torch.tensor(tokens)[:, None]).sum()))
+            lengths.append(len(tokens))
+    result.samples.setdefault("answers", {})[_way(weight)] = {
+        "rewards": Judge("judge-other").score(said),
+        "log_p": logs,
+        "tokens": lengths,
+    }
+
+
+def _figures(result: Result) -> None:
+    for name, seconds in result.samples["seconds"].items():
+        words = dict(part.split(" ") for part in name.split(", "))
+        changed = "".join(f"_{key}_{words[key]}" for key in ("k", "prompt") if words[key] != str(BASE[key]))
+        aim = ">= 0.65" if not changed and words["batch"] in ("1", "8") else ""
+        found = median(ratios(seconds["plain"], seconds["guided"]), aim)
+        result.figures[f"throughput_ratio_batch_{words['batch']}{changed}"] = found
+        if seconds["bridged"] and not changed:
+            found = median(ratios(seconds["plain"], seconds["bridged"]))
+            result.figures[f"throughput_ratio_batch_{words['batch']}_other_tokenizer"] = found
+    seconds = result.samples["loop_seconds"]
+    result.figures["speedup_over_loop"] = median(ratios(seconds["loop"], seconds["guided"]), ">= 20")
+    result.figures["loop_same_tokens"] = mean([float(same) for same in result.samples["loop_same_tokens"]])
+    answers = result.samples["answers"]
+    plain = answers["plain"]["rewards"]
+    for way, told in answers.items():
+        name = way.replace("w = ", "weight_")
+        uplift = [reward - without for reward, without in zip(told["rewards"], plain, strict=True)]
+        result.figures[f"reward_{name}"] = mean(told["rewards"])
+        if way != "plain":
+            result.figures[f"reward_uplift_{name}"] = mean(uplift, "> 0" if way != "w = 0" else "")
+        perplexity = math.exp(-sum(told["log_p"]) / sum(told["tokens"]))
+        result.figures[f"perplexity_{name}"] = median([perplexity])
+
+
+def _draw(result: Result, out: Path) -> None:
+    (batch_axis, growth_axis, effect_axis), save = axes(out, "args", 3, "Reward-guided search on the lab models")
+
+    def line(axis: Any, changed: str, values: Sequence[int], fixed: dict[str, int], label: str) -> None:
+        names = {value: setting_name({**BASE, **fixed, changed: value}) for value in values}
+        measured = [value for value in values if names[value] in result.samples["seconds"]]
+        every = [result.samples["seconds"][names[value]] for value in measured]
+        points = [median(ratios(seconds["plain"], seconds["guided"])) for seconds in every]
+        errors = [[p.value - p.low for p in points], [p.high - p.value for p in points]]
+        axis.errorbar(measured, [p.value for p in points], yerr=errors, capsize=3, marker="o", label=label)
+
+    line(batch_axis, "batch", BATCHES, {}, f"k = {TOP_K}")
+    batch_axis.set_xscale("log", base=2)
+    batch_axis.set_xticks(BATCHES, [str(batch) for batch in BATCHES])
+    batch_axis.set(xlabel="batch", ylabel="tokens/s / plain decoding's", ylim=(0, 1.05))
+    batch_axis.axhline(0.65, color="black", linewidth=0.8, linestyle=":")
+    line(growth_axis, "k", TOP_KS, {"batch": 1}, "candidates k, batch 1")
+    line(growth_axis, "k", TOP_KS, {"batch": 8}, "candidates k, batch 8")
+    line(growth_axis, "prompt", PROMPTS, {"batch": 8}, "prompt tokens, batch 8")
+    growth_axis.set_xscale("log")
+    growth_axis.set(xlabel="k, or prompt tokens", ylabel="tokens/s / plain decoding's", ylim=(0, 1.05))
+    growth_axis.legend(fontsize=7)
+    ways = list(result.samples["answers"])
+    names = [way.replace("w = ", "weight_") for way in ways]
+    rewards = [result.figures[f"reward_{name}"] for name in names]
+    errors = [[f.value - f.low for f in rewards], [f.high - f.value for f in rewards]]
+    perplexities = [result.figures[f"perplexity_{name}"].value for name in names]
+    effect_axis.errorbar(perplexities, [f.value for f in rewards], yerr=errors, capsize=3, marker="o")
+    for way, x, figure in zip(ways, perplexities, rewards, strict=True):
+        effect_axis.annotate(way, (x, figure.value), textcoords="offset points", xytext=(5, -9), fontsize=7)
+    effect_axis.set(xlabel="perplexity under base", ylabel="reward (judge-other)")
+    save()
