@@ -5,7 +5,7 @@ import dataclasses
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from judged import FACTS, Script, play, request, segment
 
@@ -47,6 +47,7 @@ def test_a_calibrated_reward_is_the_share_that_it_beats(r, reference, expected):
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1), st.floats(-10, 10), st.floats(-10, 10), st.floats(0.1, 10))
+@settings(deadline=None)
 def test_calibration_is_monotone_bounded_and_forgets_the_judges_scale(reference, a, b, scale):
     low, high = sorted((a, b))
     assert 0 <= calibrated(low, reference) <= calibrated(high, reference) <= 1

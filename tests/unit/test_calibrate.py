@@ -1,7 +1,7 @@
 """Thresholds of CARDS from samples."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_align_spec.calibrate import entropy_for, expected_tries, quantile, read_prompts, segments
@@ -21,6 +21,7 @@ def test_a_segment_ends_before_the_first_uncertain_token_from_the_fifth_on():
 
 
 @given(st.lists(st.floats(0, 9), max_size=200), st.floats(0, 9))
+@settings(deadline=None)
 def test_segments_are_the_response_and_keep_their_bounds(entropies, threshold):
     found = segments(entropies, threshold)
     assert sum(found) == len(entropies)

@@ -3,9 +3,11 @@
 import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vllm_align_spec import DISABLE_ENV
-from vllm_align_spec.options import OptionError, WsdOptions, parse_engine, parse_request
+from vllm_align_spec.options import METHODS, OptionError, WsdOptions, parse_engine, parse_request
 
 
 def refusal(extra_args):
@@ -107,3 +109,44 @@ def test_wrong_engine_options_name_their_place(tree, names):
 def test_the_environment_switches_everything_off(monkeypatch):
     monkeypatch.setenv(DISABLE_ENV, "1")
     assert not parse_engine({"align_spec": {"enabled": True}}).enabled
+
+
+ANYTHING = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.lists(st.one_of(st.integers(), st.floats(), st.text(max_size=4)), max_size=3),
+)
+SWITCHES = {"cards": {"cards": "on", "cards_threshold": 1.0}, "bon": {"bon": 2}, "deal": {"deal": "on"}}
+KEYS = [(cls.method, key) for cls in METHODS if cls.method in SWITCHES for key in cls.model_fields]
+
+
+@given(st.sampled_from(KEYS), ANYTHING)
+@settings(deadline=None)
+def test_whatever_a_value_is_it_is_taken_or_refused_by_its_name(where, value):
+    method, key = where
+    refused = None
+    try:
+        parsed = parse_request({**SWITCHES[method], key: value})
+    except OptionError as error:
+        refused = str(error)
+    if refused is not None:
+        assert key in refused
+    else:
+        assert [options.method for options in parsed] == [method]
+        assert not isinstance(value, float) or math.isfinite(value)
+
+
+def test_one_judge_or_several_and_their_weights():
+    (parsed,) = parse_request({"bon": 2, "bon_reward": "good", "bon_weights": 0.5})
+    assert (parsed.bon_reward, parsed.bon_weights) == (["good"], [0.5])
+    (parsed,) = parse_request({"bon": 2, "bon_reward": ["good", "short"], "bon_weights": [1, 0.5]})
+    assert (parsed.bon_reward, parsed.bon_weights) == (["good", "short"], [1.0, 0.5])
+
+
+def test_published_defaults_of_cards():
+    (parsed,) = parse_request({"cards": "on", "cards_threshold": 8.5})
+    assert (parsed.cards_entropy, parsed.cards_alpha, parsed.cards_beta) == (3.0, 0.5, 0.7)
+    assert (parsed.cards_top_k, parsed.cards_max_tries) == (40, 21)
