@@ -21,8 +21,10 @@ ALLOWED = {
     "strategies": {"options", "processors", "report", "metrics"},
     "registry": {"options", "processors", "strategies"},
     "engine": {"options", "report", "metrics", "processors", "strategies", "registry", "patches"},
-    "plugin": {"options", "patches"},
-    "lab": {"options", "processors"},
+    "plugin": {"options", "patches", "drafters"},
+    "drafters": set(),
+    "train": {"drafters"},
+    "lab": {"options", "processors", "drafters", "train"},
 }
 USERS = {"cli", "doctor", "demo", "bench"}
 
