@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
 
 from vllm_align_spec.drafters import ARCHITECTURE
 
@@ -263,10 +264,9 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:
-            with file.open("rb") as stream:
-                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-            found |= {name: tuple(told["shape"]) for name, told in header.items() if name != "__metadata__"}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            with safe_open(file, "np") as tensors:
+                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
             raise DrafterError(f"drafter {folder}: {file.name} is no safetensors file: {error}") from None
     return found
 
