@@ -104,6 +104,7 @@ def main() -> None:
                 answer = [
                     {
                         "tokens": list(o.outputs[0].token_ids),
+                        "choices": [list(choice.token_ids) for choice in o.outputs],
                         "finish": o.outputs[0].finish_reason,
                         "stop": o.outputs[0].stop_reason,
                         "logprobs": [

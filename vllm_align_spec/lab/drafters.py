@@ -21,56 +21,48 @@ from vllm_align_spec.train.answers import regenerate
 from vllm_align_spec.train.config import TrainConfig
 from vllm_align_spec.train.loop import Result, save_drafter, train
 
-CONVERSATIONS = 3000
-"""Requests that base answers twice, once greedily and once sampled at temperature 1."""
+GREEDY, WRITTEN = 1000, 2000
+"""Requests that base answers itself, greedily, and conversations as they were written for base to learn from: those are
+what base says at temperature 1, as far as it learned."""
 SHARED: dict[str, Any] = {
     "epochs": 50,
-    "batch_size": 16,
-    "length_pool": 16,
+    "batch_size": 8,
+    "length_pool": 32,
     "learning_rate": 2e-3,
-    "warmup_steps": 40,
+    "warmup_steps": 20,
     "max_length": 256,
     "precision": "float32",
     "target_dtype": "float32",
     "device": "cpu",
-    "evaluate_prompts": 48,
-    "evaluate_tokens": 96,
+    "evaluate_prompts": 32,
+    "evaluate_tokens": 64,
     "log_every": 20,
 }
 """What all variants share. The published rate would need the published number of steps."""
-STEPS = 600
+STEPS = 250
 
 
-def write_conversations(file: Path, seed: int, count: int = CONVERSATIONS) -> None:
-    """Chats of the training side of the lab's language, without answers that anybody should keep."""
-    with file.open("w", encoding="utf-8") as stream:
-        documents = (d for d in world.stream(seed, "train") if d.messages)
-        for document in itertools.islice(documents, count):
-            stream.write(json.dumps({"messages": list(document.messages)}) + "\n")
-
-
-def write_data(folder: Path, seed: int, count: int = CONVERSATIONS) -> tuple[Path, ...]:
-    """Base's own answers to them, greedy and sampled."""
-    asked = folder / "asked.jsonl"
-    write_conversations(asked, seed, count)
-    files = []
-    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        file = folder / f"{name}.jsonl"
-        regenerate(
-            str(lab.model_path("base")),
-            [asked],
-            file,
-            temperature=temperature,
-            max_tokens=160,
-            seed=seed,
-            dtype="float32",
-            max_model_len=512,
-            max_num_seqs=32,
-            enforce_eager=True,
-            disable_log_stats=True,
-        )
-        files.append(file)
-    return tuple(files)
+def write_data(folder: Path, seed: int) -> tuple[Path, ...]:
+    """Chats of the training side of the lab's language: as written, and with base's own greedy answers."""
+    asked, written, greedy = (folder / f"{name}.jsonl" for name in ("asked", "written", "greedy"))
+    documents = (d for d in world.stream(seed + 5000, "train") if d.messages)
+    for file, count in ((asked, GREEDY), (written, WRITTEN)):
+        lines = (json.dumps({"messages": list(d.messages)}) for d in itertools.islice(documents, count))
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    regenerate(
+        str(lab.model_path("base")),
+        [asked],
+        greedy,
+        temperature=0.0,
+        max_tokens=160,
+        seed=seed,
+        dtype="float32",
+        max_model_len=512,
+        max_num_seqs=32,
+        enforce_eager=True,
+        disable_log_stats=True,
+    )
+    return greedy, written
 
 
 def build(
@@ -99,7 +91,7 @@ def build(
     with tempfile.TemporaryDirectory() as scratch:
         folder = data or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        files = tuple(folder / f"{name}.jsonl" for name in ("greedy", "sampled"))
+        files: tuple[Path, ...] = (folder / "greedy.jsonl", folder / "written.jsonl")
         if not all(file.exists() for file in files):
             files = write_data(folder, seed)
         for variant in only or VARIANTS:
@@ -111,7 +103,7 @@ def build(
                 seed=seed,
                 max_steps=steps,
                 schedule_steps=steps,
-                evaluate_every=max(1, steps // 4),
+                evaluate_every=max(1, steps // 2),
                 checkpoint_every=steps,
                 **SHARED,
             )
@@ -120,7 +112,7 @@ def build(
             drafter.load_state_dict(load_file(config.out / "model.safetensors"))
             save_drafter(drafter, out / variant, torch.float16)
             report[variant] = _figures(result, out / variant)
-            told = {"seed": seed, "steps": steps, "shared": SHARED, "conversations": CONVERSATIONS}
+            told = {"seed": seed, "steps": steps, "shared": SHARED, "greedy": GREEDY, "written": WRITTEN}
             report_file.write_text(json.dumps({**report, "setting": told}, indent=1) + "\n", encoding="utf-8")
 
 

@@ -129,6 +129,7 @@ class _Run:
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
+            fused=True,
         )
         self.weights = Weights(config.regress_weight, config.predict_weight, config.top_k_share)
         self.state = State()
