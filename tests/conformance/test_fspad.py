@@ -1,4 +1,4 @@
-"""Drafting is lossless: the lab's drafters inside the real engine, on both runners, against transformers and a given law."""
+"""Drafting is lossless: the lab's drafters in the real engine, on both runners, against transformers and given laws."""
 
 import json
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 BENCHES = {
     "overhead": "what the plugin costs where no request uses it",
     "wsd": "time and reward of weak-to-strong decoding",
+    "fspad": "acceptance and speed of FSPAD's drafter and its relatives",
     "asap": "cost, exactness and use of grammar-aligned sampling",
 }
 
