@@ -77,8 +77,11 @@ def test_several_choices_and_a_prompt_that_comes_again(start):
     (first,) = check(engine, [ask(7, max_tokens=20)])
     (again,) = check(engine, [ask(7, max_tokens=20)])
     assert first["tokens"] == again["tokens"]
-    (both,) = engine.generate([ask(7, max_tokens=20, n=2)])
-    assert both["choices"] == [first["tokens"]] * 2
+    # Nearly greedy: several greedy choices are refused.
+    (both,) = engine.generate([ask(7, max_tokens=20, n=2, temperature=1e-3, seed=1)])
+    assert len(both["choices"]) == 2
+    for tokens in both["choices"]:
+        assert greedy("base", prompts()[7], tokens, 0, 20) <= 1
 
 
 @SLOW_ON_V2
@@ -124,7 +127,7 @@ def test_samples_follow_the_targets_law(engines, runner, tmp_path_factory):
         max_num_seqs=64,
         speculative_config=speculative(folder / "drafter", 3),
     )
-    count = 4000 if runner == "v1" else 300
+    count = 2000 if runner == "v1" else 300
     requests = [{"prompt": [BOS_ID], "params": {"max_tokens": 3, "temperature": 1.0, "seed": i}} for i in range(count)]
     found = np.zeros((len(table.logits),) * 3)
     for output in engine.generate(requests):
