@@ -55,6 +55,7 @@ bench: setup
 	$(RUN)/vllm-align-spec bench overhead $(ARGS)
 	$(RUN)/vllm-align-spec bench wsd $(ARGS)
 	$(RUN)/vllm-align-spec bench asap $(ARGS)
+	$(RUN)/vllm-align-spec bench fspad $(ARGS)
 
 lint: setup
 	$(RUN)/ruff check .

@@ -1,6 +1,9 @@
 """The drafter's equations against an implementation of their own, chains, and what is refused."""
 
 import json
+import subprocess
+import sys
+import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
+from vllm_align_spec import doctor
 from vllm_align_spec.drafters import ARCHITECTURE, from_speculators
 from vllm_align_spec.drafters.config import (
     VARIANTS,
@@ -342,3 +346,34 @@ def test_the_speculators_format_names_target_method_and_length():
 def test_an_unknown_variant_is_refused_with_those_there_are():
     with pytest.raises(DrafterError, match="no-feature-sampling"):
         for_target(LlamaConfig(**SIZES).to_dict(), "medusa")
+
+
+def test_registering_names_the_drafter_and_its_format_to_vllm():
+    code = """
+        from vllm_align_spec.plugin import register
+        register()
+        import sys
+        assert "torch" not in sys.modules
+        from vllm.model_executor.models.registry import ModelRegistry
+        from vllm.transformers_utils.configs.speculators.algos import SUPPORTED_SPECULATORS_TYPES
+        register()
+        found = ModelRegistry.models["EagleFspadForCausalLM"]
+        print(found.module_name, found.class_name, SUPPORTED_SPECULATORS_TYPES["eagle"].__name__)
+        assert "vllm_align_spec.drafters.served" not in sys.modules
+    """
+    told = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert told.stdout.split() == ["vllm_align_spec.drafters.served", "EagleFspadForCausalLM", "from_speculators"], (
+        told.stderr
+    )
+
+
+def test_the_doctor_holds_a_drafter_against_the_model(tmp_path):
+    target = LlamaConfig(**SIZES)
+    target.save_pretrained(tmp_path / "target")
+    folder = write(drafter("eagle"), tmp_path / "d")
+    (fits,) = doctor._drafter(str(tmp_path / "target"), str(folder))
+    assert (fits.state, "eagle" in fits.detail) == ("ok", True)
+    LlamaConfig(**{**SIZES, "vocab_size": 51}).save_pretrained(tmp_path / "other")
+    (misfit,) = doctor._drafter(str(tmp_path / "other"), str(folder))
+    assert misfit.state == "problem"
+    assert "vocab_size is 50, the target's 51" in misfit.detail
