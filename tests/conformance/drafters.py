@@ -33,8 +33,8 @@ def tiny_target(kind, folder, **changes):
     """A random target of another architecture, with the lab's vocabulary size."""
     sizes = {
         "vocab_size": 4096,
-        "hidden_size": 64,
-        "intermediate_size": 96,
+        "hidden_size": 128,  # heads of 32: smaller ones the CPU backend has not
+        "intermediate_size": 192,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

@@ -157,7 +157,7 @@ def test_a_drafter_of_another_target_stops_the_start_and_names_both_sides(engine
     other = tiny_target("llama", tmp_path / "other")
     folder = write(random_drafter(other.config, "fspad"), tmp_path / "drafter")
     with pytest.raises(
-        RuntimeError, match=r"drafter .*drafter does not fit target .*hidden_size is 64, the target's 256"
+        RuntimeError, match=r"drafter .*drafter does not fit target .*hidden_size is 128, the target's 256"
     ):
         engines("v1", speculative_config=speculative(folder))
 

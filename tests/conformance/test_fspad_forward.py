@@ -66,7 +66,7 @@ def test_the_engines_drafter_computes_the_equations(engines, runner, variant, tm
     ("kind", "changes"),
     [
         ("qwen2", {"tie_word_embeddings": True}),
-        ("qwen3", {"head_dim": 32, "tie_word_embeddings": False}),
+        ("qwen3", {"head_dim": 64, "tie_word_embeddings": False}),
         (
             "llama",
             {

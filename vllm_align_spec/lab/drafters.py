@@ -39,7 +39,7 @@ SHARED: dict[str, Any] = {
     "log_every": 20,
 }
 """What all variants share. The published rate would need the published number of steps."""
-STEPS = 500
+STEPS = 300
 
 
 def write_data(folder: Path, seed: int) -> tuple[Path, ...]:
