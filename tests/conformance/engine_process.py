@@ -104,6 +104,7 @@ def main() -> None:
                 answer = [
                     {
                         "tokens": list(o.outputs[0].token_ids),
+                        "accepted": list(getattr(o.outputs[0].spec_decode_metrics, "histogram", None) or []),
                         "choices": [list(choice.token_ids) for choice in o.outputs],
                         "finish": o.outputs[0].finish_reason,
                         "stop": o.outputs[0].stop_reason,

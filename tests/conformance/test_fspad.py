@@ -142,6 +142,24 @@ def test_samples_follow_the_targets_law(engines, runner, tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_two_ranks_draft_what_one_drafts(engines):
+    """A wrongly split drafter would still be lossless, so what counts here is how many of its drafts are accepted."""
+    requests = [ask(i, max_tokens=32) for i in range(6)]
+    accepted = []
+    for size in (1, 2):
+        engine = engines(
+            "v1",
+            tensor_parallel_size=size,
+            speculative_config=speculative(lab.drafter_path("fspad")),
+            per_request_spec_decode_metrics="summary",
+        )
+        steps = np.array([o["accepted"] for o in check(engine, requests)]).sum(0)
+        accepted.append(steps @ np.arange(DRAFTS + 1) / steps.sum())
+    assert accepted[0] > 0.8
+    assert accepted[1] == pytest.approx(accepted[0], rel=0.05)
+
+
+@pytest.mark.slow
 def test_a_steering_method_runs_while_fspad_drafts(engines):
     engine = engines("v1", speculative_config=speculative(lab.drafter_path("fspad")))
     grammar = {"json": '{"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}'}

@@ -19,7 +19,7 @@ def regenerate(
     max_tokens: int,
     seed: int,
     **engine_args: Any,
-) -> int:
+) -> tuple[int, Complaints]:
     """Writes every conversation with the assistant's messages replaced, turn by turn, by the target's own.
 
     Args:
@@ -32,11 +32,12 @@ def regenerate(
         engine_args: for ``vllm.LLM``.
 
     Returns:
-        How many conversations were written.
+        How many conversations were written, and the lines that were none.
     """
     from vllm import LLM, SamplingParams
 
-    conversations = list(read(files, Complaints()))
+    complaints = Complaints()
+    conversations = list(read(files, complaints))
     written: list[list[Message]] = [[] for _ in conversations]
     left = dict(enumerate(conversations))
     engine = LLM(target, **engine_args)
@@ -62,4 +63,4 @@ def regenerate(
     with out.open("w", encoding="utf-8") as file:
         for messages in written:
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
-    return len(written)
+    return len(written), complaints

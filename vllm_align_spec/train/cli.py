@@ -95,7 +95,7 @@ def _fspad(parsed: argparse.Namespace) -> int:
 def _answers(parsed: argparse.Namespace) -> int:
     from vllm_align_spec.train.answers import regenerate
 
-    count = regenerate(
+    count, complaints = regenerate(
         parsed.target,
         parsed.data,
         parsed.out,
@@ -103,5 +103,7 @@ def _answers(parsed: argparse.Namespace) -> int:
         max_tokens=parsed.max_tokens,
         seed=parsed.seed,
     )
-    print(f"{count} conversations: {parsed.out}")
+    print(f"{count} conversations, {complaints.count} lines left out: {parsed.out}")
+    for line in complaints.first:
+        print(f"  left out: {line}", file=sys.stderr)
     return 0

@@ -436,6 +436,7 @@ def save_drafter(drafter: Drafter, folder: Path, dtype: torch.dtype | None = Non
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: x.to(dtype or x.dtype).contiguous().cpu() for name, x in drafter.state_dict().items()}
     save_file(tensors, folder / "model.safetensors")
+    (folder / "model.safetensors").chmod(0o644)  # written readable by its owner alone
     written = json.dumps(drafter.config.to_hf(), indent=1) + "\n"
     (folder / "config.json").write_text(written, encoding="utf-8")
 
