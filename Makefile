@@ -59,6 +59,7 @@ bench: setup
 	$(RUN)/vllm-align-spec bench asap $(ARGS)
 	$(RUN)/vllm-align-spec bench args $(ARGS)
 	$(RUN)/vllm-align-spec bench cards $(ARGS)
+	$(RUN)/vllm-align-spec bench fspad $(ARGS)
 
 lint: setup
 	$(RUN)/ruff check .

@@ -77,7 +77,6 @@ def install(patches: Sequence[Patch], hooks: Mapping[str, str], *, allow_unverif
     Raises:
         PatchMismatchError: now, or when the module is imported later.
     """
-    waiting: dict[str, list[Callable[[ModuleType], None]]] = {}
     for patch in patches:
         if patch.name in STATE:
             continue
@@ -86,12 +85,17 @@ def install(patches: Sequence[Patch], hooks: Mapping[str, str], *, allow_unverif
             _apply(patch, module, hooks.get(patch.name), allow_unverified)
 
         STATE[patch.name] = "pending"
-        if patch.module in sys.modules:
-            apply(sys.modules[patch.module])
-        else:
-            waiting.setdefault(patch.module, []).append(apply)
-    if waiting:
-        sys.meta_path.insert(0, _AfterImport(waiting))
+        after_import(patch.module, apply)
+
+
+def after_import(module: str, callback: Callable[[ModuleType], None]) -> None:
+    """Calls back with a module: now, if it is imported, or else as soon as it is."""
+    if module in sys.modules:
+        callback(sys.modules[module])
+        return
+    _AFTER_IMPORT.waiting.setdefault(module, []).append(callback)
+    if _AFTER_IMPORT not in sys.meta_path:
+        sys.meta_path.insert(0, _AFTER_IMPORT)
 
 
 def _apply(patch: Patch, module: ModuleType, hook: str | None, allow_unverified: bool) -> None:
@@ -129,13 +133,13 @@ def _apply(patch: Patch, module: ModuleType, hook: str | None, allow_unverified:
 class _AfterImport(MetaPathFinder):
     """Runs callbacks right after a module of a given name was imported."""
 
-    def __init__(self, waiting: dict[str, list[Callable[[ModuleType], None]]]) -> None:
-        self._waiting = waiting
+    def __init__(self) -> None:
+        self.waiting: dict[str, list[Callable[[ModuleType], None]]] = {}
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        callbacks = self._waiting.pop(fullname, None)
+        callbacks = self.waiting.pop(fullname, None)
         if callbacks is None:
             return None
         spec = importlib.util.find_spec(fullname)
@@ -143,6 +147,9 @@ class _AfterImport(MetaPathFinder):
             return None
         spec.loader = _CallbackLoader(spec.loader, callbacks)
         return spec
+
+
+_AFTER_IMPORT = _AfterImport()
 
 
 class _CallbackLoader(Loader):

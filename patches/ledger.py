@@ -6,6 +6,7 @@ from vllm_align_spec.patches import (
     cpu_expand,
     cpu_padding,
     cpu_top_k,
+    drafter_fits,
     front_end,
     grammar_control,
     v1_draft_rows,
@@ -40,4 +41,5 @@ LEDGER: tuple[Patch, ...] = (
     cpu_top_k.PATCH,
     cpu_padding.RANDOM,
     cpu_padding.RECOVERED,
+    drafter_fits.PATCH,
 )

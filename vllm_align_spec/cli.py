@@ -86,8 +86,10 @@ def _parser() -> argparse.ArgumentParser:
 
     from vllm_align_spec import bench
     from vllm_align_spec.lab.cli import add_parser
+    from vllm_align_spec.train.cli import add_parser as add_train_parser
 
     add_parser(subparsers)
+    add_train_parser(subparsers)
     bench.add_parser(subparsers)
     return parser
 

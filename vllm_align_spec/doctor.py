@@ -117,6 +117,8 @@ def _examine(
     yield from _runner(speculative)
     if model is not None:
         yield from _model("model", model)
+        if speculative.get("method") == "eagle":
+            yield from _drafter(model, str(speculative.get("model")))
     if pilot is not None:
         yield from _model("pilot", pilot)
         if model is not None:
@@ -266,6 +268,27 @@ def _model(what: str, name: str) -> Iterator[Finding]:
         yield Finding("problem", what, f"{name}: {architectures}, but there are no weights in the folder")
         return
     yield Finding("ok", what, f"{name}: {architectures}, vocabulary of {config.vocab_size}")
+
+
+def _drafter(model: str, name: str) -> Iterator[Finding]:
+    """Holds a local drafter of ours against the model, as a start would."""
+    from transformers import AutoConfig
+
+    from vllm_align_spec.drafters.config import DrafterError, check_target, read
+
+    if not Path(name).is_dir():
+        yield Finding("note", "drafter", f"{name} is no local folder: it is examined when the server starts")
+        return
+    try:
+        target = AutoConfig.from_pretrained(model).get_text_config()
+        drafter = read(Path(name))
+        check_target(drafter, name, target=model, hidden_size=target.hidden_size, vocab_size=target.vocab_size)
+    except DrafterError as error:
+        yield Finding("problem", "drafter", str(error))
+    except Exception as error:  # the hub's errors have many types
+        yield Finding("problem", "drafter", f"{type(error).__name__}: {error}")
+    else:
+        yield Finding("ok", "drafter", f"{name}: {drafter.variant}, {drafter.parameters():,} parameters, fits {model}")
 
 
 def _tokenizers(model: str, pilot: str) -> Iterator[Finding]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from vllm_align_spec import disabled
-from vllm_align_spec.patches import install
+from vllm_align_spec import disabled, drafters
+from vllm_align_spec.patches import after_import, install
 from vllm_align_spec.patches.ledger import LEDGER
 
 HOOKS = {
@@ -14,6 +14,7 @@ HOOKS = {
     "grammar_control": "vllm_align_spec.engine.control:without",
     "worker_reports": "vllm_align_spec.engine.facade:reports",
     "worker_shutdown": "vllm_align_spec.engine.facade:closing",
+    "drafter_fits": "vllm_align_spec.drafters.config:refuse_misfit",
     "v1_facade": "vllm_align_spec.engine.facade:AlignSpecLogitsProcessor",
     "v1_grammar_mask": "vllm_align_spec.engine.v1:before_mask",
     "v1_rows": "vllm_align_spec.engine.v1:before_sample",
@@ -31,7 +32,7 @@ ALLOW_UNVERIFIED_ENV = "VLLM_ALIGN_SPEC_ALLOW_UNVERIFIED"
 
 
 def register() -> None:
-    """Arms the patches. Idempotent and light: nothing of vLLM or torch is imported here.
+    """Arms the patches and names the draft models. Idempotent and light: nothing of vLLM or torch is imported here.
 
     Raises:
         PatchMismatchError: a patched function of this vLLM is none that was verified.
@@ -39,3 +40,5 @@ def register() -> None:
     if disabled():
         return
     install(LEDGER, HOOKS, allow_unverified=os.environ.get(ALLOW_UNVERIFIED_ENV, "") not in ("", "0"))
+    after_import("vllm.model_executor.models.registry", drafters.register_model)
+    after_import("vllm.transformers_utils.configs.speculators.algos", drafters.register_format)

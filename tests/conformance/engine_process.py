@@ -31,6 +31,20 @@ def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
+    passes = []
+    if config.pop("record_drafts", False):
+        from vllm_align_spec.drafters.served import EagleFspadForCausalLM
+
+        forward = EagleFspadForCausalLM.forward
+
+        def forward_and_note(self, input_ids, positions, hidden_states, inputs_embeds=None):
+            inputs = [x.clone() for x in (input_ids, positions, hidden_states)]
+            outputs = forward(self, input_ids, positions, hidden_states, inputs_embeds)
+            passes.append([*inputs, *(x.clone() for x in outputs)])
+            return outputs
+
+        EagleFspadForCausalLM.forward = forward_and_note
+
     broken = config.pop("broken_processor", False)
     llm = LLM(**config)
     if broken:
@@ -66,6 +80,16 @@ def main() -> None:
         command = json.loads(line)
         if "reports" in command:
             (answer,) = llm.collective_rpc("align_spec_reports", args=(command["reports"],))
+        elif "save_drafts" in command:
+            from safetensors.torch import save_file
+
+            names = ("input_ids", "positions", "hidden_states", "predict", "regress")
+            save_file(
+                {f"{i:04}.{n}": x.contiguous() for i, xs in enumerate(passes) for n, x in zip(names, xs, strict=True)},
+                command["save_drafts"],
+            )
+            passes.clear()
+            answer = len(passes)
         elif "patches" in command:
             from vllm_align_spec.patches import STATE
 
@@ -80,6 +104,8 @@ def main() -> None:
                 answer = [
                     {
                         "tokens": list(o.outputs[0].token_ids),
+                        "accepted": list(getattr(o.outputs[0].spec_decode_metrics, "histogram", None) or []),
+                        "choices": [list(choice.token_ids) for choice in o.outputs],
                         "finish": o.outputs[0].finish_reason,
                         "stop": o.outputs[0].stop_reason,
                         "logprobs": [

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from vllm_align_spec import lab
 from vllm_align_spec.strategies.guided import digests
@@ -79,6 +80,15 @@ class Engine:
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
         return self._answer()
+
+    def passes(self, file):
+        """The drafter's passes since the last call, if the engine records them: one dict of tensors a pass."""
+        self._ask(save_drafts=str(file))
+        found = {}
+        for name, tensor in load_file(file).items():
+            number, _, name = name.partition(".")
+            found.setdefault(int(number), {})[name] = tensor
+        return [found[number] for number in sorted(found)]
 
     def patches(self):
         return self._ask(patches=True)

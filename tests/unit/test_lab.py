@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from vllm_align_spec import lab
+from vllm_align_spec.drafters.config import VARIANTS, check_target, read
 from vllm_align_spec.lab import cli, training, world
 from vllm_align_spec.lab.judge import Judge
 
@@ -213,7 +214,9 @@ def test_what_ships_is_small_and_holds_no_pickle() -> None:
     files = [
         file for file in Path(lab.__file__).parent.rglob("*") if file.is_file() and "__pycache__" not in file.parts
     ]
-    assert sum(file.stat().st_size for file in files) <= 25_000_000
+    drafters = [file for file in files if file.is_relative_to(lab.DRAFTERS_FOLDER)]
+    assert sum(file.stat().st_size for file in files if file not in drafters) <= 25_000_000
+    assert all(file.stat().st_size <= 5_000_000 for file in drafters)
     assert not [file for file in files if file.suffix in {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}]
 
 
@@ -236,6 +239,17 @@ def test_the_report_describes_the_models_that_ship() -> None:
         loaded = AutoModelForCausalLM if name in CAUSAL else AutoModelForSequenceClassification
         model = loaded.from_pretrained(lab.model_path(name))
         assert report["models"][name]["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_drafter_ships_fits_base_and_was_trained_like_the_others(variant: str) -> None:
+    drafter = read(lab.drafter_path(variant))
+    base = json.loads((lab.model_path("base") / "config.json").read_text())
+    assert drafter.variant == variant
+    check_target(drafter, variant, target="base", hidden_size=base["hidden_size"], vocab_size=base["vocab_size"])
+    report = json.loads((lab.DRAFTERS_FOLDER / "report.json").read_text())
+    assert report[variant]["parameters"] == drafter.parameters()
+    assert report[variant]["steps"] == report["setting"]["steps"]
 
 
 @pytest.mark.slow

@@ -26,8 +26,10 @@ ALLOWED = {
         *("options", "report", "metrics", "processors", "companion"),
         *("rewards", "strategies", "registry", "patches"),
     },
-    "plugin": {"options", "patches"},
-    "lab": {"options", "processors"},
+    "plugin": {"options", "patches", "drafters"},
+    "drafters": set(),
+    "train": {"drafters"},
+    "lab": {"options", "processors", "drafters", "train"},
 }
 USERS = {"cli", "calibrate", "doctor", "demo", "bench"}
 

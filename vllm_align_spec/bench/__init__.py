@@ -13,6 +13,7 @@ BENCHES = {
     "overhead": "what the plugin costs where no request uses it",
     "wsd": "time and reward of weak-to-strong decoding",
     "cards": "time, reward and judge calls of cascade reward sampling against the published ARGS loop",
+    "fspad": "acceptance and speed of FSPAD's drafter and its relatives",
     "asap": "cost, exactness and use of grammar-aligned sampling",
     "args": "speed and effect of reward-guided search",
 }

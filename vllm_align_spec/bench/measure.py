@@ -47,6 +47,8 @@ class Result:
 
     bench: str
     figures: dict[str, Figure] = field(default_factory=dict)
+    tables: dict[str, Any] = field(default_factory=dict)
+    """Figures of more than one dimension, plain numbers in dicts; they have no interval and no line in the table."""
     setting: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, Any] = field(default_factory=dict)
 
@@ -55,7 +57,7 @@ class Result:
         intervals = {name: [figure.low, figure.high] for name, figure in self.figures.items()}
         told = {
             "bench": self.bench,
-            "figures": {name: figure.value for name, figure in self.figures.items()},
+            "figures": {name: figure.value for name, figure in self.figures.items()} | self.tables,
             "setting": {**environment(), **self.setting},
             "samples": {**self.samples, "intervals": intervals},
         }

@@ -10,6 +10,7 @@ MODELS: tuple[str, ...] = ("base", "pilot", "pilot-other", "judge", "judge-other
 """The shipped models; what each is for is told in this folder's README."""
 
 MODELS_FOLDER = Path(__file__).parent / "models"
+DRAFTERS_FOLDER = MODELS_FOLDER / "drafters"
 
 
 def model_path(name: str) -> Path:
@@ -24,6 +25,18 @@ def model_path(name: str) -> Path:
     path = MODELS_FOLDER / name
     if not (path / "model.safetensors").exists():
         raise FileNotFoundError(f"lab model {name!r} is not there; build it with: vllm-align-spec lab build")
+    return path
+
+
+def drafter_path(variant: str) -> Path:
+    """The folder of a shipped drafter of ``base``, by its variant (see `vllm_align_spec.drafters.config`).
+
+    Raises:
+        FileNotFoundError: there is no such drafter.
+    """
+    path = DRAFTERS_FOLDER / variant
+    if not (path / "model.safetensors").exists():
+        raise FileNotFoundError(f"lab drafter {variant!r} is not there; train it with: vllm-align-spec lab drafters")
     return path
 
 

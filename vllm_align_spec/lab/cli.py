@@ -25,6 +25,16 @@ def add_parser(subparsers: Subparsers) -> None:
     build.add_argument("--seed", type=int, default=0)
     build.set_defaults(run=_build)
 
+    drafters = actions.add_parser("drafters", help="train base's drafters, one a variant, from a seed")
+    drafters.add_argument(
+        "--out", type=Path, default=lab.DRAFTERS_FOLDER, help="folder to fill (default: the package's)"
+    )
+    drafters.add_argument("--only", nargs="+", metavar="VARIANT", help="train these variants only")
+    drafters.add_argument("--steps", type=int, default=300, help="optimiser steps of each (default: 300)")
+    drafters.add_argument("--seed", type=int, default=0)
+    drafters.add_argument("--data", type=Path, help="folder that keeps base's answers from one run to the next")
+    drafters.set_defaults(run=_drafters)
+
     evaluate = actions.add_parser("eval", help="reward of base, pilot and weak-to-strong decoding on held-out prompts")
     evaluate.add_argument("--models", type=Path, default=lab.MODELS_FOLDER, help="folder with the models")
     evaluate.add_argument("--out", type=Path, default=Path("out/lab"), help="folder for the table, figure and JSON")
@@ -40,6 +50,12 @@ def _build(arguments: argparse.Namespace) -> None:
     from vllm_align_spec.lab.build import build
 
     build(arguments.out, only=arguments.only, scale=arguments.scale, seed=arguments.seed)
+
+
+def _drafters(arguments: argparse.Namespace) -> None:
+    from vllm_align_spec.lab.drafters import build
+
+    build(arguments.out, only=arguments.only, seed=arguments.seed, steps=arguments.steps, data=arguments.data)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,129 @@
+"""Trains the lab's drafters: five variants for the base model, with the same data, steps and schedule."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from vllm_align_spec import lab
+from vllm_align_spec.drafters.config import VARIANTS, read
+from vllm_align_spec.drafters.fspad import Drafter
+from vllm_align_spec.lab import world
+from vllm_align_spec.train.answers import regenerate
+from vllm_align_spec.train.config import TrainConfig
+from vllm_align_spec.train.loop import Result, save_drafter, train
+
+GREEDY, WRITTEN = 1000, 2000
+"""Requests that base answers itself, greedily, and conversations as they were written for base to learn from: those are
+what base says at temperature 1, as far as it learned."""
+SHARED: dict[str, Any] = {
+    "epochs": 50,
+    "batch_size": 8,
+    "length_pool": 32,
+    "learning_rate": 2e-3,
+    "warmup_steps": 20,
+    "max_length": 256,
+    "precision": "float32",
+    "target_dtype": "float32",
+    "device": "cpu",
+    "evaluate_prompts": 32,
+    "evaluate_tokens": 64,
+    "log_every": 20,
+}
+"""What all variants share. The published rate would need the published number of steps."""
+STEPS = 300
+
+
+def write_data(folder: Path, seed: int) -> tuple[Path, ...]:
+    """Chats of the training side of the lab's language: as written, and with base's own greedy answers."""
+    asked, written, greedy = (folder / f"{name}.jsonl" for name in ("asked", "written", "greedy"))
+    documents = (d for d in world.stream(seed + 5000, "train") if d.messages)
+    for file, count in ((asked, GREEDY), (written, WRITTEN)):
+        lines = (json.dumps({"messages": list(d.messages)}) for d in itertools.islice(documents, count))
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    regenerate(
+        str(lab.model_path("base")),
+        [asked],
+        greedy,
+        temperature=0.0,
+        max_tokens=160,
+        seed=seed,
+        dtype="float32",
+        max_model_len=512,
+        max_num_seqs=32,
+        enforce_eager=True,
+        disable_log_stats=True,
+    )
+    return greedy, written
+
+
+def build(
+    out: Path,
+    *,
+    only: Sequence[str] | None = None,
+    seed: int = 0,
+    steps: int = STEPS,
+    data: Path | None = None,
+    console: Console | None = None,
+) -> None:
+    """Trains into ``out/<variant>/``, float16, with ``report.json`` beside them.
+
+    Args:
+        out: the folder to fill.
+        only: variants; all by default.
+        seed: of weights, order, noise and data.
+        steps: optimiser steps of each.
+        data: folder with answers that an earlier run wrote, or for this one to write; a temporary one by default.
+        console: where progress is shown.
+    """
+    console = console or Console(width=120)
+    out.mkdir(parents=True, exist_ok=True)
+    report_file = out / "report.json"
+    report: dict[str, Any] = json.loads(report_file.read_text(encoding="utf-8")) if report_file.exists() else {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = data or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        files: tuple[Path, ...] = (folder / "greedy.jsonl", folder / "written.jsonl")
+        if not all(file.exists() for file in files):
+            files = write_data(folder, seed)
+        for variant in only or VARIANTS:
+            config = TrainConfig(
+                target=str(lab.model_path("base")),
+                data=files,
+                out=Path(scratch) / variant,
+                variant=variant,
+                seed=seed,
+                max_steps=steps,
+                schedule_steps=steps,
+                evaluate_every=max(1, steps // 2),
+                checkpoint_every=steps,
+                **SHARED,
+            )
+            result = train(config, console=console)
+            drafter = Drafter(read(config.out))
+            drafter.load_state_dict(load_file(config.out / "model.safetensors"))
+            save_drafter(drafter, out / variant, torch.float16)
+            report[variant] = _figures(result, out / variant)
+            told = {"seed": seed, "steps": steps, "shared": SHARED, "greedy": GREEDY, "written": WRITTEN}
+            report_file.write_text(json.dumps({**report, "setting": told}, indent=1) + "\n", encoding="utf-8")
+
+
+def _figures(result: Result, folder: Path) -> dict[str, Any]:
+    return {
+        "parameters": result.parameters,
+        "bytes": sum(file.stat().st_size for file in folder.iterdir()),
+        "steps": result.state.step,
+        "tokens": result.state.tokens,
+        "seconds": round(result.seconds, 1),
+        "best_step": result.state.best_step,
+        "offline_tokens_per_forward": round(result.state.best, 3),
+        "offline_accepted": [round(share, 3) for share in result.acceptance.accepted],
+    }
