@@ -274,6 +274,7 @@ def test_a_judge_that_keeps_failing_is_not_asked_for_a_while(server, remote):
     assert server.metric("align_spec:judge_open", judge="remote") == 1
 
 
+@pytest.mark.slow
 def test_many_clients_with_a_slow_judge_do_not_stall_ordinary_requests(server, remote):
     def ordinary():
         began = time.monotonic()
