@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from vllm_align_spec.companion.model import Companion, repeat_last
+from vllm_align_spec.processors.rows import send
 
 logger = logging.getLogger("vllm.align_spec")
 
@@ -117,7 +118,7 @@ class BridgedCompanion:
         candidates: torch.Tensor,
     ) -> torch.Tensor:
         """See `Companion.rewards`."""
-        at = torch.from_numpy(entry).to(position.device, non_blocking=True)
+        at = send(entry, position.device)
         requests, rows = chain.shape
         most = self._pieces.shape[1]
         place = torch.arange(most, device=chain.device)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from vllm_align_spec.processors.guided import Guided
-from vllm_align_spec.processors.rows import Layout, Rows, row_entropy
+from vllm_align_spec.processors.rows import Layout, Rows, row_entropy, send
 
 MAX_REWARDS = 8
 """Most rewards of one request."""
@@ -94,11 +94,11 @@ class ArgsProcessor(Guided):
         reward = torch.zeros_like(z)
         for name, which in self.by_companion(rows.entry_np).items():
             whole = len(which) == requests
-            at = torch.from_numpy(which).to(self.device, non_blocking=True)
+            at = send(which, self.device)
             position, count, fed, candidates = (
                 values if whole else values[at] for values in (rows.position, rows.count, chain, token)
             )
-            column = torch.from_numpy(self._weight[name][rows.entry_np[which]]).to(self.device, non_blocking=True)
+            column = send(self._weight[name][rows.entry_np[which]], self.device)
             weight = constants[at, column][:, None, None]
             said = self.companions[name].rewards(rows.entry_np[which], position, count, fed, candidates)
             if whole:

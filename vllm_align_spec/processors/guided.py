@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from vllm_align_spec.processors.rows import Layout, Processor, Rows
+from vllm_align_spec.processors.rows import Layout, Processor, Rows, send
 
 _Entries = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -35,6 +35,7 @@ class Guided(Processor):
         self._off = np.zeros(entries, dtype=bool)
         self._entered = np.zeros(entries, dtype=np.int64)  # times that it came into the batch
         self.constants = torch.zeros(entries, self.width, device=layout.device)  # per request, see `constants_of`
+        self._uses = {name: np.zeros(entries, dtype=bool) for name in self.companions}
         self._staged: dict[int, Sequence[float]] = {}
         # Rows bent, and rows where the companion's answer was no number.
         self.counts = torch.zeros(entries, 2, dtype=torch.int64, device=layout.device)
@@ -55,6 +56,8 @@ class Guided(Processor):
         self._prompt_len[entry] = prompt_len
         self._off[entry] = False
         self._entered[entry] = 0
+        for name, uses in self._uses.items():
+            uses[entry] = name in arguments["align_spec_companions"]
         self._staged[entry] = self.constants_of(arguments)
 
     def enter(self, entry: int, tokens: torch.Tensor) -> None:
@@ -94,19 +97,15 @@ class Guided(Processor):
 
     def active(self, entry: _Entries) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """All requests but those whose companion lost them."""
-        for e in entry[~self._off[entry]]:
-            if not all(self.companions[n].knows(e) for n in self._arguments[int(e)]["align_spec_companions"]):
-                self._off[e] = True
+        for name, companion in self.companions.items():
+            self._off[entry] |= self._uses[name][entry] & ~companion.knows(entry)
         on: np.ndarray[Any, np.dtype[np.bool_]] = ~self._off[entry]
         return on
 
     def by_companion(self, entry: _Entries) -> dict[str, _Entries]:
-        """Companion -> which of these requests it follows, as indices into ``entry``."""
-        found: dict[str, list[int]] = {}
-        for at, e in enumerate(entry):
-            for name in self._arguments[int(e)]["align_spec_companions"]:
-                found.setdefault(name, []).append(at)
-        return {name: np.array(which) for name, which in found.items()}
+        """Companion -> which of these requests it follows, as indices into ``entry``; only those that follow any."""
+        found = {name: np.flatnonzero(uses[entry]) for name, uses in self._uses.items()}
+        return {name: which for name, which in found.items() if which.size}
 
     def reports(self, entries: Sequence[int]) -> list[dict[str, Any]]:
         """Rows bent, rows without an answer, and what went wrong."""
@@ -153,7 +152,7 @@ class Realigned(Guided):
         vocabulary = rows.logits.shape[1]
         for name, which in self.by_companion(rows.entry_np).items():
             whole = len(which) == requests
-            at = torch.from_numpy(which).to(self.device, non_blocking=True)
+            at = send(which, self.device)
             position, count, fed, index, entry = (
                 values if whole else values[at] for values in (rows.position, rows.count, chain, rows.index, rows.entry)
             )
