@@ -142,6 +142,12 @@ def test_samples_follow_the_targets_law(engines, runner, tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_a_compiled_engine_drafts_too(engines):
+    engine = engines("v1", enforce_eager=False, speculative_config=speculative(lab.drafter_path("fspad")))
+    check(engine, [ask(i, max_tokens=24) for i in range(3)])
+
+
+@pytest.mark.slow
 def test_two_ranks_draft_what_one_drafts(engines):
     """A wrongly split drafter would still be lossless, so what counts here is how many of its drafts are accepted."""
     requests = [ask(i, max_tokens=32) for i in range(6)]

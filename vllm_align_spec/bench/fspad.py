@@ -62,7 +62,10 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
                     counts.setdefault(variant, {})[k] = found
                     accepted.setdefault(variant, {})[k] = shares
                     seconds.setdefault(variant, {})[k] = _time(plain, engine, prompts, tokens, repeats)
+                del engine
                 gc.collect()
+    del plain
+    gc.collect()  # an engine that is only collected as the interpreter exits complains
     _figures(result, counts, seconds)
     _show(result, counts, accepted)
     _draw(result, out, counts, accepted, seconds)
@@ -215,5 +218,7 @@ def _draw(
     middle.set(xlabel="position of the draft", ylabel=f"share accepted, {longest} drafts", ylim=(0, 1))
     right.set(xlabel="draft tokens", ylabel="speed / no drafter (dotted: batch 8)")
     right.axhline(1, color="black", linewidth=0.8)
+    for axis in (left, right):
+        axis.set_xticks(lengths)
     left.legend(fontsize=7)
     save()
