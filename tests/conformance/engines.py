@@ -45,7 +45,8 @@ class Engine:
                 "model": str(lab.model_path("pilot")),
                 "num_speculative_tokens": DRAFTS,
             },
-            "additional_config": {"align_spec": {"companions": COMPANIONS}},
+            # They have the tokens of the lab's base model.
+            "additional_config": {} if "model" in config else {"align_spec": {"companions": COMPANIONS}},
             **config,
         }
         environment = {
