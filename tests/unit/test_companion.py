@@ -195,6 +195,7 @@ def test_a_request_that_left_unnoticed_gives_its_slot():
         request.enter(judge)
     judge.prepare()
     for _ in range(3):
+        judge.prepare()
         step(judge, requests[1:2], [[]], [[[9]]])
     requests[2].enter(judge)
     judge.prepare()

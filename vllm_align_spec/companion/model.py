@@ -199,9 +199,9 @@ class Companion:
     def _claim(self) -> int:
         if self._free:
             return self._free.pop()
-        # Runner V2 does not say that a request has left. One that was not fed lately is not there any more.
+        # Runner V2 does not say that a request has left. One that was not fed in the last step is not there any more.
         slot = int(self._stepped.argmin())
-        if self._stepped[slot] >= self._ticks - 1:
+        if self._stepped[slot] >= self._ticks:
             raise RuntimeError(f"all {self.slots} slots of companion {self.name} are taken")
         self.leave(int(self._owner[slot]))
         return self._free.pop()
@@ -240,7 +240,8 @@ class Companion:
         return known
 
     def prepare(self) -> None:
-        """Reads the prompts of requests that entered since the last step, all at once and `CHUNK` tokens at a time."""
+        """Begins a step: reads what requests that entered since the last one bring, in chunks of `CHUNK` tokens."""
+        self._ticks += 1
         while self._waiting:
             chunks = {e: tokens[done : done + CHUNK] for e, (tokens, done) in self._waiting.items()}
             entries = [e for e, chunk in chunks.items() if len(chunk)]
@@ -343,7 +344,6 @@ class Companion:
         after: torch.Tensor,
         candidates: torch.Tensor,
     ) -> torch.Tensor:
-        self._ticks += 1
         requests, rows = chain.shape
         _, groups, k, pieces = candidates.shape
         slots = self._slot[entry]
