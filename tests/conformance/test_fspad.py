@@ -16,9 +16,6 @@ from vllm_align_spec.drafters.config import VARIANTS, read
 
 DRAFTS = 4
 RUNNERS = ["v1", "v2"]
-SLOW_ON_V2 = pytest.mark.parametrize(
-    "runner", ["v1", pytest.param("v2", marks=pytest.mark.slow)], indirect=True, scope="session"
-)
 
 
 @pytest.fixture(params=RUNNERS, scope="session")
@@ -84,7 +81,7 @@ def test_several_choices_and_a_prompt_that_comes_again(start):
         assert greedy("base", prompts()[7], tokens, 0, 20) <= 1
 
 
-@SLOW_ON_V2
+@pytest.mark.slow
 def test_preempted_requests_say_what_they_would_have_said(start, runner):
     blocks, count, length = (14, 6, 90) if runner == "v1" else (8, 4, 44)
     engine = start(num_gpu_blocks_override=blocks, enable_prefix_caching=False, max_model_len=224)
@@ -92,7 +89,7 @@ def test_preempted_requests_say_what_they_would_have_said(start, runner):
     assert all(len(o["tokens"]) == length for o in outputs)
 
 
-@SLOW_ON_V2
+@pytest.mark.slow
 def test_chunked_prefill_and_a_prompt_up_to_the_models_limit(start):
     engine = start(max_num_batched_tokens=64, max_model_len=256)
     long = {"prompt": (prompts()[0] * 20)[: 256 - 6], "params": {"max_tokens": 6}}
@@ -107,7 +104,7 @@ def test_every_variant_is_lossless(start, runner, variant):
     check(start(variant), [ask(i, max_tokens=24) for i in range(count)])
 
 
-@SLOW_ON_V2
+@pytest.mark.slow
 def test_asynchronous_scheduling_changes_nothing(start):
     check(start(async_scheduling=True), [ask(i, max_tokens=24) for i in range(4)])
 

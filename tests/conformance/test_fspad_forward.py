@@ -45,7 +45,7 @@ def assert_passes_follow_the_equations(passes, drafter, embedding, prompt):
 @pytest.mark.parametrize(
     "variant", ["fspad", *(pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS if v != "fspad")]
 )
-@pytest.mark.parametrize("runner", ["v1", "v2"])
+@pytest.mark.parametrize("runner", ["v1", pytest.param("v2", marks=pytest.mark.slow)])
 def test_the_engines_drafter_computes_the_equations(engines, runner, variant, tmp_path):
     base = reference("base")
     drafter = random_drafter(base.config, variant)
