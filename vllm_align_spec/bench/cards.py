@@ -9,6 +9,7 @@ entropy quantiles of plain samples, as ``vllm-align-spec calibrate`` proposes th
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -81,6 +82,8 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
             progress.update(task, advance=1, description="rewards")
             _rewards(engine, loop, options, questions[:prompts], asked, result)
             progress.advance(task)
+    del engine
+    gc.collect()  # an engine that is only collected as the interpreter exits complains
     _figures(result)
     _draw(result, out)
     result.finish(json_file, out, started)
