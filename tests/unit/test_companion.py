@@ -1,5 +1,8 @@
 """The companion says what a plain forward pass over the whole sequence says, whatever happened to its requests."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -291,3 +294,13 @@ def test_a_request_that_its_companion_lost_decodes_plainly():
     assert not processor.active(np.array([0])).any()
     (report,) = processor.reports([0])
     assert "lost" in report["error"]
+
+
+def test_a_server_without_companions_does_not_load_them():
+    code = (
+        "import sys; from vllm_align_spec.engine import companions; from vllm_align_spec.options import parse_engine; "
+        "assert companions.facts(None, parse_engine({})) == {}; "
+        "assert companions.load(None, parse_engine({}), None, 1, 1) == {}; "
+        "assert 'vllm_align_spec.companion.model' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

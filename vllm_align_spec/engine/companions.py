@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_align_spec.companion.bridge import BridgedCompanion, pieces
-from vllm_align_spec.companion.model import Companion, load_config
 from vllm_align_spec.options import CompanionOptions, EngineOptions, OptionError
 from vllm_align_spec.strategies.base import CompanionFacts, Request
+
+if TYPE_CHECKING:
+    # Loads transformers' models: only where there is a companion.
+    from vllm_align_spec.companion.bridge import BridgedCompanion
+    from vllm_align_spec.companion.model import Companion
 
 PROBE = 'The 3 quick foxes said: "naïve café" — {"x": [1, 2.50]}\n\t日本語 🙂'
 
@@ -48,6 +51,9 @@ def load(
 def _load(
     name: str, options: CompanionOptions, config: Any, *, device: torch.device, rows: int, entries: int
 ) -> Companion | BridgedCompanion:
+    from vllm_align_spec.companion.bridge import BridgedCompanion, pieces
+    from vllm_align_spec.companion.model import Companion
+
     def make(fed: int) -> Companion:
         return Companion(
             name,
@@ -68,6 +74,10 @@ def _load(
 
 def facts(config: Any, options: EngineOptions) -> dict[str, CompanionFacts]:
     """What admission must know about the companions."""
+    if not options.companions:
+        return {}
+    from vllm_align_spec.companion.model import load_config
+
     found = {}
     for name, one in options.companions.items():
         text = load_config(name, one).get_text_config()
@@ -131,6 +141,8 @@ def _other_tokens(model_config: Any, name: str, options: CompanionOptions) -> tu
         theirs = _tokenizer(options.model, options.revision)
     except (OSError, ValueError):
         # Without tokenizers on both sides there is only the size to compare.
+        from vllm_align_spec.companion.model import load_config
+
         vocabulary = load_config(name, options).get_text_config().vocab_size
         if vocabulary != model_config.get_vocab_size():
             raise OptionError(
