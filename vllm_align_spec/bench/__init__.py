@@ -28,6 +28,11 @@ def add_parser(subparsers: Subparsers) -> None:
         bench.add_argument("--quick", action="store_true", help="a few minutes: fewer repeats and sizes")
         bench.add_argument("--json", type=Path, metavar="FILE", help="where the numbers go (default: in --out)")
         bench.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for the figure and the numbers")
+        if name == "fspad":
+            bench.add_argument(
+                "--other-seeds", type=Path, nargs="+", default=(), metavar="DIR",
+                help="drafters of other seeds, as `lab drafters --seed N --out DIR` writes them",
+            )  # fmt: skip
         bench.set_defaults(run=_run)
 
 
@@ -35,4 +40,5 @@ def _run(parsed: argparse.Namespace) -> int:
     import importlib
 
     module = importlib.import_module(f"{__name__}.{parsed.bench}")
-    return int(module.run(quick=parsed.quick, json_file=parsed.json, out=parsed.out) or 0)
+    own = {"other_seeds": parsed.other_seeds} if parsed.bench == "fspad" else {}
+    return int(module.run(quick=parsed.quick, json_file=parsed.json, out=parsed.out, **own) or 0)

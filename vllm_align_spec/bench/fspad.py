@@ -3,7 +3,8 @@
 All drafters were trained alike (``lab drafters``) and answer the same held-out prompts, greedily, in the real engine.
 *Tokens per forward* counts every forward pass of the target, the prompt's and those that had no drafts included. The
 draft length of each drafter is chosen on every second prompt and its figure taken from the others; ratios are paired by
-prompt. Speed is that of equally long answers, each timed right after plain decoding of the same prompts.
+prompt. Speed is that of equally long answers, each timed right after plain decoding of the same prompts. Drafters of
+other training seeds (``--other-seeds``) are counted at the draft lengths that were chosen for the shipped ones.
 """
 
 from __future__ import annotations
@@ -15,77 +16,125 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vllm_align_spec import lab
-from vllm_align_spec.bench.measure import PAUSE_S, Figure, Result, axes, console, median, ratios, start_engine
+from vllm_align_spec.bench.measure import (
+    PAUSE_S,
+    Figure,
+    Result,
+    axes,
+    console,
+    engine_settings,
+    median,
+    ratios,
+    start_engine,
+)
+from vllm_align_spec.bench.shares import CALLS, measure
 from vllm_align_spec.drafters.config import VARIANTS, read
+from vllm_align_spec.lab.drafters import WIDE
 
 if TYPE_CHECKING:
     from vllm_align_spec.engine.offline import LLM
 
 MAIN_DRAFTS = 4
 BATCHES = (1, 8)
+DRAFTERS = (*VARIANTS, WIDE)
+SHARE_TOKENS = 64
 Counts = list[tuple[int, int]]
 """(tokens, forward passes of the target) of each prompt."""
 
 
-def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
+def run(*, quick: bool, json_file: Path | None, out: Path, other_seeds: Sequence[Path] = ()) -> None:
     """Measures, shows and writes.
 
     Args:
         quick: one draft length, fewer prompts and repeats.
         json_file: where the numbers go; None is a file in ``out``.
         out: folder for the figure.
+        other_seeds: folders that ``lab drafters --seed N --out FOLDER`` filled.
     """
     started = time.monotonic()
     drafts: tuple[int, ...] = (MAIN_DRAFTS,) if quick else (2, 3, 4, 5, 6)
-    count, tokens, repeats = (24, 64, {1: 4, 8: 2}) if quick else (120, 128, {1: 10, 8: 6})
+    count, tokens, repeats = (24, 64, {1: 4, 8: 2}) if quick else (96, 128, {1: 8, 8: 4})
     result = Result("fspad")
+    sizes = {name: read(lab.drafter_path(name)).parameters() for name in DRAFTERS}
     result.setting |= {
-        "models": {"target": "lab base", "drafters": {v: read(lab.drafter_path(v)).parameters() for v in VARIANTS}},
+        "models": {"target": "lab base", "drafters": sizes},
         "num_speculative_tokens": list(drafts),
         "prompts": count,
         "tokens": tokens,
         "repeats": repeats,
         "quick": quick,
+        "other_seeds": len(other_seeds),
     }
     counts: dict[str, dict[int, Counts]] = result.samples.setdefault("counts", {})
     accepted: dict[str, dict[int, list[float]]] = result.tables.setdefault("accepted_by_position", {})
     seconds: dict[str, dict[int, dict[str, Any]]] = result.samples.setdefault("seconds", {})
-    with _engine(None, 0) as plain:
-        prompts = _prompts(plain, count)
-        for variant in VARIANTS:
-            for k in drafts:
-                with _engine(variant, k) as engine:
-                    found, shares = _count(engine, prompts, tokens, k)
-                    counts.setdefault(variant, {})[k] = found
-                    accepted.setdefault(variant, {})[k] = shares
-                    seconds.setdefault(variant, {})[k] = _time(plain, engine, prompts, tokens, repeats)
+    again: list[dict[str, Counts]] = result.samples.setdefault("counts_of_other_seeds", [])
+    total = len(DRAFTERS) * (len(drafts) + len(other_seeds))
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(), TimeRemainingColumn(), console=console,
+    ) as progress:  # fmt: skip
+        task = progress.add_task("", total=total)
+        with _engine(None, 0) as plain:
+            prompts = _prompts(plain, count)
+            for name in DRAFTERS:
+                for k in drafts:
+                    progress.update(task, description=f"{k} drafts of {name}")
+                    with _engine(lab.drafter_path(name), k) as engine:
+                        found, shares = _count(engine, prompts, tokens, k)
+                        counts.setdefault(name, {})[k] = found
+                        accepted.setdefault(name, {})[k] = shares
+                        seconds.setdefault(name, {})[k] = _time(plain, engine, prompts, tokens, repeats)
+                    del engine
+                    gc.collect()
+                    progress.advance(task)
+        del plain
+        gc.collect()  # an engine that is only collected as the interpreter exits complains
+        length = {name: _chosen(of_k) for name, of_k in counts.items()}
+        for seed, folder in enumerate(other_seeds, 1):
+            again.append({})
+            for name in DRAFTERS:
+                progress.update(task, description=f"{name} of another seed ({seed})")
+                with _engine(folder / name, length[name]) as engine:
+                    again[-1][name], _ = _count(engine, prompts, tokens, length[name])
                 del engine
                 gc.collect()
-    del plain
-    gc.collect()  # an engine that is only collected as the interpreter exits complains
-    _figures(result, counts, seconds)
+                progress.advance(task)
+    _shares(result, prompts, length)
+    _figures(result, counts, again, seconds, length)
     _show(result, counts, accepted)
     _draw(result, out, counts, accepted, seconds)
     result.finish(json_file, out, started)
 
 
-def _engine(variant: str | None, k: int) -> LLM:
-    speculation: dict[str, Any] = {}
-    if variant is not None:
-        model = str(lab.drafter_path(variant))
-        speculation["speculative_config"] = {"method": "eagle", "model": model, "num_speculative_tokens": k}
-        speculation["per_request_spec_decode_metrics"] = "summary"
-    return start_engine(
-        str(lab.model_path("base")),
-        f"{k} drafts of {variant}" if variant else "no drafter",
-        max_model_len=1024,
-        max_num_seqs=16,
-        enable_prefix_caching=False,  # prompts come again
-        **speculation,
-    )
+def _settings(drafter: Path | None, k: int) -> dict[str, Any]:
+    settings: dict[str, Any] = {"max_model_len": 1024, "max_num_seqs": 16}
+    settings["enable_prefix_caching"] = False  # prompts come again
+    if drafter is not None:
+        settings["speculative_config"] = {"method": "eagle", "model": str(drafter), "num_speculative_tokens": k}
+    return settings
+
+
+def _engine(drafter: Path | None, k: int) -> LLM:
+    settings = _settings(drafter, k)
+    if drafter is not None:
+        settings["per_request_spec_decode_metrics"] = "summary"
+    told = f"{k} drafts of {drafter.name}" if drafter is not None else "no drafter"
+    return start_engine(str(lab.model_path("base")), told, **settings)
+
+
+def _shares(result: Result, prompts: list[list[int]], length: dict[str, int]) -> None:
+    """Where a step's time goes, with and without drafts."""
+    found: dict[str, dict[int, dict[str, float]]] = result.tables.setdefault("share_of_step_time", {})
+    for name in (None, "eagle", "fspad", "griffin"):
+        drafter = None if name is None else lab.drafter_path(name)
+        engine = engine_settings(str(lab.model_path("base")), **_settings(drafter, length.get(name or "", 0)))
+        with console.status(f"where the time of a step goes, {name or 'no drafter'}"):
+            found[name or "plain"] = measure(engine, prompts, SHARE_TOKENS, BATCHES)
 
 
 def _prompts(engine: LLM, count: int) -> list[list[int]]:
@@ -157,17 +206,27 @@ def _paired(above: Counts, below: Counts, target: str = "") -> Figure:
     return Figure(ratio(rows), drawn[49], drawn[1949], target)
 
 
-def _figures(result: Result, counts: dict[str, dict[int, Counts]], seconds: dict[str, dict[int, Any]]) -> None:
+def _figures(
+    result: Result,
+    counts: dict[str, dict[int, Counts]],
+    again: list[dict[str, Counts]],
+    seconds: dict[str, dict[int, Any]],
+    length: dict[str, int],
+) -> None:
     result.tables["tokens_per_forward"] = {v: {k: _rate(c) for k, c in of_k.items()} for v, of_k in counts.items()}
-    length = {variant: _chosen(of_k) for variant, of_k in counts.items()}
+    result.tables["tokens_per_forward_of_other_seeds"] = [{v: _rate(c) for v, c in of.items()} for of in again]
     result.tables["chosen_drafts"] = length
-    held = {variant: of_k[length[variant]][1::2] for variant, of_k in counts.items()}
-    best = max(counts, key=lambda v: _rate(counts[v][length[v]][::2]))
+    best = max(VARIANTS, key=lambda v: _rate(counts[v][length[v]][::2]))
     result.tables["best"] = best
-    result.figures["ratio_to_eagle"] = _paired(held["fspad"], held["eagle"], ">= 1.15")
-    result.figures["best_ratio_to_eagle"] = _paired(held[best], held["eagle"], ">= 1.30")
-    for name in ("no-feature-sampling", "no-partial-alignment"):
-        result.figures[f"ratio_to_{name.replace('-', '_')}"] = _paired(held["fspad"], held[name], ">= 1.00")
+    seeds = [{name: of_k[length[name]] for name, of_k in counts.items()}, *again]
+    for seed, of in enumerate(seeds):
+        held = {name: found[1::2] for name, found in of.items()}
+        suffix = f"_other_seed_{seed}" if seed else ""
+        result.figures[f"ratio_to_eagle{suffix}"] = _paired(held["fspad"], held["eagle"], ">= 1.15")
+        result.figures[f"best_ratio_to_eagle{suffix}"] = _paired(held[best], held["eagle"], ">= 1.30")
+        for name in (WIDE, "no-feature-sampling", "no-partial-alignment"):
+            key = f"ratio_to_{name.replace('-', '_')}{suffix}"
+            result.figures[key] = _paired(held["fspad"], held[name], ">= 1.00")
 
     def speed(variant: str, batch: int, target: str) -> Figure:
         of_k = seconds[variant]
@@ -182,6 +241,12 @@ def _figures(result: Result, counts: dict[str, dict[int, Counts]], seconds: dict
 
 
 def _show(result: Result, counts: dict[str, dict[int, Counts]], accepted: dict[str, dict[int, list[float]]]) -> None:
+    parts = (*(name for name in CALLS if name != "companion"), "rest")
+    steps = Table("drafter", "batch", *parts, title="share of a step's time", title_justify="left")
+    for name, of_batch in result.tables["share_of_step_time"].items():
+        for batch, of in of_batch.items():
+            steps.add_row(name, str(batch), *(f"{of[part]:.2f}" for part in parts))
+    console.print(steps)
     table = Table(title="tokens per forward of the target, and drafts accepted by position", title_justify="left")
     for column in ("drafter", "parameters", "drafts", "tokens per forward", "accepted"):
         table.add_column(column, justify="left" if column == "drafter" else "right")

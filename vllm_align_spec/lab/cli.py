@@ -25,12 +25,14 @@ def add_parser(subparsers: Subparsers) -> None:
     build.add_argument("--seed", type=int, default=0)
     build.set_defaults(run=_build)
 
-    drafters = actions.add_parser("drafters", help="train base's drafters, one a variant, from a seed")
+    drafters = actions.add_parser(
+        "drafters", help="train base's drafters, one a variant and a widened EAGLE, from a seed"
+    )
     drafters.add_argument(
         "--out", type=Path, default=lab.DRAFTERS_FOLDER, help="folder to fill (default: the package's)"
     )
-    drafters.add_argument("--only", nargs="+", metavar="VARIANT", help="train these variants only")
-    drafters.add_argument("--steps", type=int, default=300, help="optimiser steps of each (default: 300)")
+    drafters.add_argument("--only", nargs="+", metavar="NAME", help="train these only: a variant, or eagle-wide")
+    drafters.add_argument("--steps", type=int, default=800, help="optimiser steps of each (default: 800)")
     drafters.add_argument("--seed", type=int, default=0)
     drafters.add_argument("--data", type=Path, help="folder that keeps base's answers from one run to the next")
     drafters.set_defaults(run=_drafters)

@@ -1,4 +1,4 @@
-"""Trains the lab's drafters: five variants for the base model, with the same data, steps and schedule."""
+"""Trains the drafters of the lab's base model: five variants and a widened EAGLE, with the same data and steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from vllm_align_spec import lab
-from vllm_align_spec.drafters.config import VARIANTS, read
+from vllm_align_spec.drafters.config import VARIANTS, for_target, read
 from vllm_align_spec.drafters.fspad import Drafter
 from vllm_align_spec.lab import world
 from vllm_align_spec.train.answers import regenerate
@@ -39,7 +39,16 @@ SHARED: dict[str, Any] = {
     "log_every": 20,
 }
 """What all variants share. The published rate would need the published number of steps."""
-STEPS = 300
+STEPS = 800
+WIDE = "eagle-wide"
+"""EAGLE with as many parameters as FSPAD: tells what the equations bring from what the parameters bring."""
+
+
+def wide_intermediate_size() -> int:
+    """I of `WIDE`: what FSPAD has more goes into the three matrices of EAGLE's feed-forward layer."""
+    target = json.loads((lab.model_path("base") / "config.json").read_text(encoding="utf-8"))
+    eagle, fspad = (for_target(target, variant) for variant in ("eagle", "fspad"))
+    return eagle.intermediate_size + (fspad.parameters() - eagle.parameters()) // (3 * eagle.hidden_size)
 
 
 def write_data(folder: Path, seed: int) -> tuple[Path, ...]:
@@ -78,7 +87,7 @@ def build(
 
     Args:
         out: the folder to fill.
-        only: variants; all by default.
+        only: variants or `WIDE`; all of them by default.
         seed: of weights, order, noise and data.
         steps: optimiser steps of each.
         data: folder with answers that an earlier run wrote, or for this one to write; a temporary one by default.
@@ -94,12 +103,14 @@ def build(
         files: tuple[Path, ...] = (folder / "greedy.jsonl", folder / "written.jsonl")
         if not all(file.exists() for file in files):
             files = write_data(folder, seed)
-        for variant in only or VARIANTS:
+        for name in only or (*VARIANTS, WIDE):
+            wide = name == WIDE
             config = TrainConfig(
                 target=str(lab.model_path("base")),
                 data=files,
-                out=Path(scratch) / variant,
-                variant=variant,
+                out=Path(scratch) / name,
+                variant="eagle" if wide else name,
+                intermediate_size=wide_intermediate_size() if wide else None,
                 seed=seed,
                 max_steps=steps,
                 schedule_steps=steps,
@@ -110,8 +121,8 @@ def build(
             result = train(config, console=console)
             drafter = Drafter(read(config.out))
             drafter.load_state_dict(load_file(config.out / "model.safetensors"))
-            save_drafter(drafter, out / variant, torch.float16)
-            report[variant] = _figures(result, out / variant)
+            save_drafter(drafter, out / name, torch.float16)
+            report[name] = _figures(result, out / name)
             told = {"seed": seed, "steps": steps, "shared": SHARED, "greedy": GREEDY, "written": WRITTEN}
             report_file.write_text(json.dumps({**report, "setting": told}, indent=1) + "\n", encoding="utf-8")
 
