@@ -22,7 +22,17 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_align_spec import lab
-from vllm_align_spec.bench.measure import PAUSE_S, Result, axes, console, mean, median, ratios, start_engine
+from vllm_align_spec.bench.measure import (
+    PAUSE_S,
+    Result,
+    axes,
+    console,
+    mean,
+    median,
+    ratios,
+    start_engine,
+)
+from vllm_align_spec.bench.shares import SHARES, measure
 
 if TYPE_CHECKING:
     from vllm_align_spec.engine.offline import LLM
@@ -79,7 +89,8 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
                 _answers(engine, prompts[:count], weight, result)
                 progress.advance(task)
         del engine
-    gc.collect()
+        gc.collect()
+        _shares(result, _settings(foreign), prompts)
     _figures(result)
     _draw(result, out)
     result.finish(json_file, out, started)
@@ -96,19 +107,41 @@ def _save_foreign_judge(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _engine(foreign: Path) -> LLM:
+def _settings(foreign: Path) -> dict[str, Any]:
     companions = {
         "judge": {"model": str(lab.model_path("judge")), "role": "reward"},
         "foreign": {"model": str(foreign), "role": "reward"},
     }
-    return start_engine(
-        str(lab.model_path("base")),
-        "the judge as its companion",
-        max_model_len=1024,
-        max_num_seqs=16,
-        enable_prefix_caching=False,  # prompts come again
-        additional_config={"align_spec": {"companions": companions}},
-    )
+    return {
+        "max_model_len": 1024,
+        "max_num_seqs": 16,
+        "enable_prefix_caching": False,  # prompts come again
+        "additional_config": {"align_spec": {"companions": companions}},
+    }
+
+
+def _engine(foreign: Path) -> LLM:
+    return start_engine(str(lab.model_path("base")), "the judge as its companion", **_settings(foreign))
+
+
+def _shares(result: Result, settings: dict[str, Any], prompts: list[list[int]]) -> None:
+    """Where a step's time goes, plain and guided."""
+    from rich.table import Table
+
+    parts = [name for name in SHARES if name != "drafting"]
+    table = Table("requests", "batch", *parts, title="share of a step's time", title_justify="left")
+    ways = {"plain": None, "guided": _options(WEIGHT)}
+    base = str(lab.model_path("base"))
+    told = measure(base, "a clock in its worker", settings, prompts, TOKENS, (1, 8), list(ways.values()))
+    result.tables["share_of_step_time"] = dict(zip(ways, told, strict=True))
+    for way, of_batch in result.tables["share_of_step_time"].items():
+        for batch, shares in of_batch.items():
+            table.add_row(way, str(batch), *(f"{shares[part]:.2f}" for part in parts))
+    console.print(table)
+
+
+def _options(weight: float, top_k: int = TOP_K, companion: str = "judge") -> dict[str, Any]:
+    return {"args": "on", "args_reward": companion, "args_weight": weight, "args_top_k": top_k}
 
 
 def _size(name: str) -> int:
@@ -140,16 +173,14 @@ def _generate(
     """Seconds and outputs; a weight of None is plain decoding."""
     from vllm import SamplingParams
 
-    guided = {"args": "on", "args_reward": companion, "args_weight": weight, "args_top_k": top_k}
+    guided = None if weight is None else _options(weight, top_k, companion)
     told = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True, **params}
     time.sleep(PAUSE_S)
     began = time.perf_counter()
     outputs = engine.generate(
         [{"prompt_token_ids": ids} for ids in prompts],
         [
-            SamplingParams(
-                extra_args=None if weight is None else guided, seed=i if told["temperature"] else None, **told
-            )
+            SamplingParams(extra_args=guided, seed=i if told["temperature"] else None, **told)
             for i in range(len(prompts))
         ],
         use_tqdm=False,

@@ -26,12 +26,11 @@ from vllm_align_spec.bench.measure import (
     Result,
     axes,
     console,
-    engine_settings,
     median,
     ratios,
     start_engine,
 )
-from vllm_align_spec.bench.shares import CALLS, measure
+from vllm_align_spec.bench.shares import SHARES, measure
 from vllm_align_spec.drafters.config import VARIANTS, read
 from vllm_align_spec.lab.drafters import WIDE
 
@@ -132,9 +131,10 @@ def _shares(result: Result, prompts: list[list[int]], length: dict[str, int]) ->
     found: dict[str, dict[int, dict[str, float]]] = result.tables.setdefault("share_of_step_time", {})
     for name in (None, "eagle", "fspad", "griffin"):
         drafter = None if name is None else lab.drafter_path(name)
-        engine = engine_settings(str(lab.model_path("base")), **_settings(drafter, length.get(name or "", 0)))
-        with console.status(f"where the time of a step goes, {name or 'no drafter'}"):
-            found[name or "plain"] = measure(engine, prompts, SHARE_TOKENS, BATCHES)
+        told = f"a clock in its worker, {name or 'no drafter'}"
+        settings = _settings(drafter, length.get(name or "", 0))
+        (found[name or "plain"],) = measure(str(lab.model_path("base")), told, settings, prompts, SHARE_TOKENS, BATCHES)
+        gc.collect()
 
 
 def _prompts(engine: LLM, count: int) -> list[list[int]]:
@@ -241,7 +241,7 @@ def _figures(
 
 
 def _show(result: Result, counts: dict[str, dict[int, Counts]], accepted: dict[str, dict[int, list[float]]]) -> None:
-    parts = (*(name for name in CALLS if name != "companion"), "rest")
+    parts = [name for name in SHARES if name != "companion"]
     steps = Table("drafter", "batch", *parts, title="share of a step's time", title_justify="left")
     for name, of_batch in result.tables["share_of_step_time"].items():
         for batch, of in of_batch.items():

@@ -85,8 +85,8 @@ class Result:
         console.print(f"{self.setting['seconds']:.0f} s; numbers: {file}; figure: {out / self.bench}.png")
 
 
-def engine_settings(model: str, **settings: Any) -> dict[str, Any]:
-    """Arguments of an engine on V1 and in float32; what it needs of the environment is put there."""
+def start_engine(model: str, told: str, **settings: Any) -> LLM:
+    """An engine as a server would start it, on V1 and in float32."""
     from vllm_align_spec.cli import server_environment
 
     # The engine is a process of its own and starts with what a server would start with.
@@ -100,17 +100,13 @@ def engine_settings(model: str, **settings: Any) -> dict[str, Any]:
         ("TORCH_CPP_LOG_LEVEL", "ERROR"),
     ):
         os.environ.setdefault(name, value)
-    fixed = {"dtype": "float32", "block_size": 32, "enforce_eager": True, "disable_log_stats": True}
-    return {"model": model, **fixed, "use_tqdm_on_load": False, **settings}
-
-
-def start_engine(model: str, told: str, **settings: Any) -> LLM:
-    """An engine as a server would start it, with `engine_settings`."""
-    arguments = engine_settings(model, **settings)
     from vllm_align_spec.engine.offline import LLM
 
     with console.status(f"starting an engine with {told}"):
-        return LLM(**arguments)
+        return LLM(
+            model, dtype="float32", block_size=32, enforce_eager=True, use_tqdm_on_load=False, disable_log_stats=True,
+            **settings,
+        )  # fmt: skip
 
 
 def environment() -> dict[str, Any]:

@@ -1,122 +1,112 @@
-"""Where the time of a step goes: an engine inside this process, some of whose calls are timed.
+"""Where the time of a step goes: some calls of a worker are timed in the worker.
 
-Run as a script by the benches. Reads one JSON object from standard input and answers with one, the seconds of each
-named call and of all steps together. On a CPU nothing is asynchronous, so a call's time is its work. A call that runs
-inside another is taken off that one.
+On a CPU nothing is asynchronous, so a call's time is its work. A call that runs inside another is taken off that one.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
+
+from vllm_align_spec.bench.measure import start_engine
 
 CALLS = {
     "target": "vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward",
     "sampling": "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
     "drafting": "vllm.v1.worker.gpu_model_runner:GPUModelRunner.propose_draft_token_ids",
     "companion": "vllm_align_spec.companion.model:Companion._step",
+    "worker": "vllm.v1.worker.gpu_worker:Worker.execute_model",
+    "worker, sampling": "vllm.v1.worker.gpu_worker:Worker.sample_tokens",
 }
-"""Share -> the call it is the time of. ``rest`` is the time of steps outside all of them."""
+"""Share -> the call it is the time of. The last two enclose the others; what they do besides is the share ``worker``."""
+
+SHARES = ("target", "sampling", "drafting", "companion", "worker", "elsewhere")
+"""``elsewhere`` is the time outside of the worker: scheduling, messages, text."""
+
+
+class StepClock:
+    """What a worker gets through ``worker_extension_cls``."""
+
+    def align_spec_clock_start(self) -> None:
+        """From here on time is counted; what was counted before is forgotten."""
+        if not _seconds:
+            for name, where in CALLS.items():
+                module, _, symbol = where.partition(":")
+                owner, _, method = symbol.partition(".")
+                target = getattr(importlib.import_module(module), owner)
+                setattr(target, method, _timed(name, getattr(target, method)))
+        _seconds.update(dict.fromkeys(CALLS, 0.0))
+
+    def align_spec_clock_read(self) -> dict[str, float]:
+        """Seconds by call, each without what ran inside it."""
+        return dict(_seconds)
+
+
+_seconds: dict[str, float] = {}
+_inside = [0.0]  # of each open call: seconds of the timed calls within it
+
+
+def _timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(call)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        _inside.append(0.0)
+        began = time.perf_counter()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            spent = time.perf_counter() - began
+            _seconds[name] += spent - _inside.pop()
+            _inside[-1] += spent
+
+    return timed
 
 
 def measure(
-    engine: Mapping[str, Any],
+    model: str,
+    told: str,
+    settings: dict[str, Any],
     prompts: Sequence[Sequence[int]],
     tokens: int,
     batches: Sequence[int],
-    extra_args: Mapping[str, Any] | None = None,
-) -> dict[int, dict[str, float]]:
-    """Shares of the time of steps by batch, by a fresh process.
+    options: Sequence[dict[str, Any] | None] = (None,),
+) -> list[dict[int, dict[str, float]]]:
+    """Shares of the time that equally long greedy answers take.
 
     Args:
-        engine: arguments of vLLM's ``LLM``.
+        model: the target.
+        told: what the engine is started with, for the display.
+        settings: of the engine.
         prompts: token ids; a batch takes the first ones.
         tokens: of every answer.
         batches: numbers of requests that run together.
-        extra_args: the requests' options of ours.
+        options: the requests' options of ours; each gets a measurement.
 
     Returns:
-        batch -> share (`CALLS`, and ``rest``) of the steps' time; the sum is 1.
-
-    Raises:
-        RuntimeError: the process failed; the message is what it said last.
+        for each of ``options``: batch -> share (`SHARES`) of the time; the sum is 1.
     """
-    asked = {"engine": engine, "prompts": prompts, "tokens": tokens, "batches": batches, "extra_args": extra_args}
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    told = subprocess.run(
-        [sys.executable, "-P", "-m", __name__],
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    if told.returncode:
-        raise RuntimeError(f"timing an engine's steps failed: {told.stderr[-2000:]}")
-    found: dict[str, dict[str, float]] = json.loads(told.stdout.splitlines()[-1])
-    return {int(batch): shares for batch, shares in found.items()}
+    from vllm import SamplingParams
 
+    found: list[dict[int, dict[str, float]]] = []
+    with start_engine(model, told, worker_extension_cls=f"{__name__}.{StepClock.__name__}", **settings) as engine:
 
-class _Clock:
-    """Seconds by call, each without what ran inside it."""
+        def ask(what: str) -> Any:
+            return engine.llm_engine.call(engine.llm_engine.engine.collective_rpc(f"align_spec_clock_{what}"))
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._inside = [0.0]  # of each open call: seconds of the timed calls within it
-
-    def time(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same call, timed."""
-
-        @wraps(call)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            self._inside.append(0.0)
-            began = time.perf_counter()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                spent = time.perf_counter() - began
-                self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._inside.pop()
-                self._inside[-1] += spent
-
-        return timed
-
-
-def main() -> None:
-    """Answers the object on standard input."""
-    # What vLLM prints must not get between.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    asked = json.load(sys.stdin)
-    from vllm import LLM, SamplingParams
-
-    engine = LLM(**asked["engine"])
-    clock = _Clock()
-    for name, where in CALLS.items():
-        module, _, symbol = where.partition(":")
-        owner, _, method = symbol.partition(".")
-        target = getattr(importlib.import_module(module), owner)
-        setattr(target, method, clock.time(name, getattr(target, method)))
-    engine.llm_engine.step = clock.time("rest", engine.llm_engine.step)
-    params = SamplingParams(
-        temperature=0.0, max_tokens=asked["tokens"], ignore_eos=True, extra_args=asked["extra_args"]
-    )
-    found = {}
-    for batch in asked["batches"]:
-        prompts = [{"prompt_token_ids": ids} for ids in asked["prompts"][:batch]]
-        for _ in range(2):  # the first time warms up
-            clock.seconds.clear()
-            engine.generate(prompts, params, use_tqdm=False)
-        total = sum(clock.seconds.values())
-        found[batch] = {name: clock.seconds.get(name, 0.0) / total for name in (*CALLS, "rest")}
-    print(json.dumps(found), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        for extra_args in options:
+            params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, extra_args=extra_args)
+            found.append({})
+            for batch in batches:
+                chosen = [{"prompt_token_ids": list(ids)} for ids in prompts[:batch]]
+                engine.generate(chosen, params, use_tqdm=False)  # warms up
+                ask("start")
+                began = time.perf_counter()
+                engine.generate(chosen, params, use_tqdm=False)
+                total = time.perf_counter() - began
+                (seconds,) = ask("read")
+                seconds["worker"] += seconds.pop("worker, sampling")
+                seconds["elsewhere"] = total - sum(seconds.values())
+                found[-1][batch] = {name: seconds[name] / total for name in SHARES}
+    return found

@@ -25,7 +25,7 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Logit
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
 from vllm_align_spec import options, registry
-from vllm_align_spec.engine import companions, control, v2
+from vllm_align_spec.engine import companions, control, v1, v2
 from vllm_align_spec.patches import STATE
 from vllm_align_spec.processors.rows import Control, Layout, Processor, Rows, force, row_logsumexp, send
 
@@ -84,6 +84,7 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         self.control_ids: torch.Tensor | None = None  # [control ids], once a request named them
         self.device = device
         self.stash: Any = None  # V1: what was decided for this step's rows
+        self.waiting: Any = None  # V1: the runner, if this step has no drafts and its rows are still to be shown
         self.inputs: Any = None  # V2: this step's inputs, on their way to the host
         _facades.add(self)
         if not on_v1:
@@ -253,9 +254,12 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         self._entered.clear()
 
     def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
-        """V1: puts decided rows into what is sampled. V2 (with ``ctx``): shows the step's rows to the methods."""
+        """V1: puts decided rows into what is sampled, or, in a step without drafts, decides them there. V2 (with
+        ``ctx``): shows the step's rows to the methods."""
         if ctx is None:
-            if self.stash is not None:
+            if self.waiting is not None:
+                v1.in_place(self, logits)
+            elif self.stash is not None:
                 self.stash.edit_last_rows(logits, self.control_ids)
         elif self._placed:
             v2.apply(self, self._states, logits, ctx)

@@ -2,7 +2,8 @@
 
 V1 samples a request's bonus row first and its draft rows later, in two calls that see different tensors. So the rows
 are gathered once before both (`before_sample`), the methods run on that copy, and the result is put into each of
-vLLM's two copies. vLLM's own logits stay as they are: logprobs are the model's.
+vLLM's two copies. vLLM's own logits stay as they are: logprobs are the model's. A step without drafts has one call, and
+there the methods run on what vLLM samples from (`in_place`), after it took its logprobs.
 """
 
 from __future__ import annotations
@@ -90,10 +91,20 @@ def before_sample(runner: Any, logits: torch.Tensor | None, metadata: Any) -> No
     _limit = None
     facade = facade_of(runner.input_batch.logitsprocs)
     if facade is not None:
-        facade.stash = None
+        facade.stash = facade.waiting = None
         if logits is not None and facade.busy:
-            with facade.guard():
-                _limit = _show(facade, runner, logits, metadata)
+            if metadata is None:
+                facade.waiting = runner
+            else:
+                with facade.guard():
+                    _limit = _show(facade, runner, logits, metadata)
+
+
+def in_place(facade: AlignSpecLogitsProcessor, logits: torch.Tensor) -> None:
+    """Shows the rows of a step without drafts, in the tensor that is sampled from; vLLM's masks are there already."""
+    runner, facade.waiting = facade.waiting, None
+    with facade.guard():
+        _show(facade, runner, logits, None)
 
 
 def _show(facade: AlignSpecLogitsProcessor, runner: Any, logits: torch.Tensor, metadata: Any) -> torch.Tensor | None:
@@ -127,19 +138,24 @@ def _show(facade: AlignSpecLogitsProcessor, runner: Any, logits: torch.Tensor, m
     if not active:
         return None
 
-    # The rows of every active request, one after another, in a copy of their own.
-    ours = np.unique(np.concatenate([mine for _, mine in active]))
-    count = drafts[ours] + 1
-    start = np.cumsum(count) - count
-    within = np.arange(count.sum()) - np.repeat(start, count)
-    is_draft = within < np.repeat(count, count) - 1
-    stash = Stash(
-        rows=logits.index_select(0, send(np.repeat(first[ours], count) + within, device)).float(),
-        last=send(start + count - 1, device),
-        last_line=send(ours, device),
-        draft=send(np.flatnonzero(is_draft), device),
-        draft_line=send((np.repeat(first_draft[ours], count) + within)[is_draft], device),
-    )
+    stash = None
+    if metadata is None:
+        ours, count, start, rows = slots, drafts + 1, slots, logits
+    else:
+        # The rows of every active request, one after another, in a copy of their own.
+        ours = np.unique(np.concatenate([mine for _, mine in active]))
+        count = drafts[ours] + 1
+        start = np.cumsum(count) - count
+        within = np.arange(count.sum()) - np.repeat(start, count)
+        is_draft = within < np.repeat(count, count) - 1
+        stash = Stash(
+            rows=logits.index_select(0, send(np.repeat(first[ours], count) + within, device)).float(),
+            last=send(start + count - 1, device),
+            last_line=send(ours, device),
+            draft=send(np.flatnonzero(is_draft), device),
+            draft_line=send((np.repeat(first_draft[ours], count) + within)[is_draft], device),
+        )
+        rows = stash.rows
     limits = torch.full((num_reqs,), facade.rows, dtype=torch.int64, device=device)
     for processor, mine in active:
         at = np.searchsorted(ours, mine)
@@ -155,7 +171,7 @@ def _show(facade: AlignSpecLogitsProcessor, runner: Any, logits: torch.Tensor, m
             processor,
             mine,
             Rows(
-                logits=stash.rows,
+                logits=rows,
                 index=send(start[at][:, None] + np.minimum(r, count[at][:, None] - 1), device),
                 count=send(count[at], device) * kept[picked],
                 position=position[picked],
