@@ -21,7 +21,7 @@ CALLS = {
     "worker": "vllm.v1.worker.gpu_worker:Worker.execute_model",
     "worker, sampling": "vllm.v1.worker.gpu_worker:Worker.sample_tokens",
 }
-"""Share -> the call it is the time of. The last two enclose the others; what they do besides is the share ``worker``."""
+"""Share -> the call it is the time of. The last two enclose the others; what they do besides is share ``worker``."""
 
 SHARES = ("target", "sampling", "drafting", "companion", "worker", "elsewhere")
 """``elsewhere`` is the time outside of the worker: scheduling, messages, text."""
