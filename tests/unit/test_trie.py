@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from vllm_align_spec.processors import loops
 from vllm_align_spec.processors import trie as trie_module
 from vllm_align_spec.processors.trie import BYTES_PER_NODE, TrieFileError, Tries, warm_up
 
@@ -694,12 +695,12 @@ def test_after_the_warm_up_nothing_is_left_to_compile(tmp_path, monkeypatch):
 
 
 def test_without_a_folder_for_the_cache_everything_compiles_all_the_same(monkeypatch):
-    real = trie_module.njit
+    real = loops.njit
 
     def njit(**options):
         if options.get("cache"):
             raise RuntimeError("cannot cache function: no locator available")
         return real(**options)
 
-    monkeypatch.setattr(trie_module, "njit", njit)
-    assert trie_module._jit(lambda x: x + 1)(1) == 2
+    monkeypatch.setattr(loops, "njit", njit)
+    assert loops.jit(lambda x: x + 1)(1) == 2

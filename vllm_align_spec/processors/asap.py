@@ -132,67 +132,15 @@ def draw(
         the rows' numbers. A row without a legal token has log H = -inf and an arbitrary token.
     """
     if logits.is_cuda:
-        from vllm_align_spec.processors import kernels
-
-        return Drawn(
-            *kernels.asap_draw(
-                logits, index, unmasked, inverse_temperature, uniform, draft,
-                ends, only_ends, no_ends, offsets, child, child_log_c,
-            )
-        )  # fmt: skip
-    s, width = index.shape
-    x = logits.index_select(0, index.reshape(-1)).float()
-    for flags, only in ((only_ends, True), (no_ends, False)):
-        if not flags.any():
-            continue
-        row = torch.nonzero(flags.reshape(-1))[:, 0]
-        which, place = torch.nonzero(ends[row // width] >= 0, as_tuple=True)
-        at = row[which], ends[row // width][which, place]
-        kept = x[at] if only else -torch.inf
-        if only:
-            x[row] = -torch.inf
-        x[at] = kept
-    scale = inverse_temperature.repeat_interleave(width)
-    shift = unmasked.reshape(-1).double()
-    draft_z = x.gather(1, draft.reshape(-1, 1).clamp(min=0))[:, 0]
-    draft_log_p = (draft_z.double() * scale - shift).masked_fill(draft.reshape(-1) < 0, -torch.inf)
-
-    of_row = torch.repeat_interleave(offsets.diff())
-    child_log_p = x[of_row, child].double() * scale[of_row] - shift[of_row]
-    x[of_row, child] = -torch.inf
-    # The rest of the row, relative to its largest entry.
-    top = x.amax(1).clamp(min=torch.finfo(x.dtype).min)
-    rest = x.sub_(top[:, None]).mul_(scale.to(x.dtype)[:, None]).exp_().cumsum(1, dtype=torch.float64)
-    log_unvisited = rest[:, -1].log() + top.double() * scale - shift
-    log_mass = child_log_p + child_log_c
-    none = torch.full_like(log_unvisited, -torch.inf)
-    child_top = none.scatter_reduce(0, of_row, log_mass, "amax").clamp(min=torch.finfo(torch.float64).min)
-    mass = (log_mass - child_top[of_row]).exp()
-    visited = torch.zeros_like(none).index_add(0, of_row, mass)
-    log_visited = visited.log() + child_top
-    log_h = torch.logaddexp(log_unvisited, log_visited).where(log_unvisited.maximum(log_visited) > -torch.inf, none)
-
-    # Visited children come first, in their order, then the others by id.
-    share = (log_visited - log_h).exp().nan_to_num(0.0)
-    u = uniform.reshape(-1)
-    total = rest[:, -1:].contiguous()
-    target = ((u - share) / (1 - share)).nan_to_num(0.0)[:, None] * total
-    # Never past the last token that has a mass.
-    token = torch.searchsorted(rest, target, right=True).minimum(torch.searchsorted(rest, total))[:, 0]
-    token_log_p = x.gather(1, token[:, None])[:, 0].double().log() + top.double() * scale - shift
-    token_log_h = torch.zeros_like(token_log_p)
-    if child.numel():
-        before = torch.nn.functional.pad(mass.cumsum(0), (1, 0))
-        target = before[offsets[:-1]] + u / share * visited
-        picked = torch.searchsorted(before, target, right=True) - 1
-        picked = picked.clamp(max=child.numel() - 1).minimum(offsets[1:] - 1).maximum(offsets[:-1])
-        picked = picked.clamp(max=child.numel() - 1)
-        by_child = ((u < share) | (total[:, 0] == 0)) & (visited > 0)
-        token = torch.where(by_child, child[picked], token)
-        token_log_p = torch.where(by_child, child_log_p[picked], token_log_p)
-        token_log_h = torch.where(by_child, child_log_c[picked], token_log_h)
-    found = (log_h, log_unvisited, token, token_log_p, token_log_h, draft_log_p)
-    return Drawn(*(t.view(s, width) for t in found))
+        from vllm_align_spec.processors.kernels import asap_draw
+    else:
+        from vllm_align_spec.processors.loops import asap_draw
+    return Drawn(
+        *asap_draw(
+            logits, index, unmasked, inverse_temperature, uniform, draft,
+            ends, only_ends, no_ends, offsets, child, child_log_c,
+        )
+    )  # fmt: skip
 
 
 def survives(
@@ -284,9 +232,12 @@ class AsapProcessor(Processor):
 
     def _open(self) -> None:
         # Not at import: numba takes longer to load than a server that never sees a request of ours should wait.
-        from vllm_align_spec.processors.trie import TrieFileError, Tries, warm_up
+        from vllm_align_spec.processors import loops, trie
+        from vllm_align_spec.processors.trie import TrieFileError, Tries
 
-        warm_up()
+        trie.warm_up()
+        if self._layout.device.type == "cpu":
+            loops.warm_up()
         self._tries = Tries(self._layout.options.asap.max_bytes)
         self._ready = True
         if self._file is not None and self._file.exists():

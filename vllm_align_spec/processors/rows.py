@@ -209,7 +209,7 @@ def row_logsumexp(logits: torch.Tensor, line: torch.Tensor, scale: torch.Tensor)
         from vllm_align_spec.processors import kernels
 
         return kernels.row_logsumexp(logits, line, scale)
-    return (logits.index_select(0, line).float() * scale[:, None]).logsumexp(-1)
+    return logits.index_select(0, line).float().mul_(scale[:, None]).logsumexp(-1)
 
 
 def row_entropy(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -28,14 +28,15 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
-from numba import njit  # type: ignore[import-untyped]
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from vllm_align_spec.processors.loops import jit
 
 NODE = np.dtype(
     [
@@ -88,27 +89,19 @@ _Int32 = np.ndarray[Any, np.dtype[np.int32]]
 _Float = np.ndarray[Any, np.dtype[np.float64]]
 _Arena = tuple[_Records, _Records, _Records]  # nodes, tries, the one record of the state
 _Tensors = dict[str, np.ndarray[Any, Any]]
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class TrieFileError(ValueError):
     """A file that is not what it should be; the message names the file and the mismatch."""
 
 
-def _jit(function: _F) -> _F:
-    try:
-        return cast(_F, njit(cache=True, nogil=True)(function))
-    except RuntimeError:  # no folder to cache in can be written to, as in containers with a read-only root
-        return cast(_F, njit(nogil=True)(function))
-
-
-@_jit
+@jit
 def _at_most_zero(log_value: float) -> float:
     """Rounding may have gone above 0; a nan becomes 0 too, which only rounds c~ up."""
     return log_value if log_value < 0.0 else 0.0
 
 
-@_jit
+@jit
 def _log_c(nodes: _Records, node: int) -> float:
     """The recursion of the module docstring, in one pass over the children."""
     top, total = nodes[node].unvisited, 1.0
@@ -124,7 +117,7 @@ def _log_c(nodes: _Records, node: int) -> float:
     return top + math.log(total)  # type: ignore[no-any-return]
 
 
-@_jit
+@jit
 def _without(unvisited: float, log_p: float) -> float:
     """U after a child of this mass has left it."""
     if unvisited == -math.inf:
@@ -134,7 +127,7 @@ def _without(unvisited: float, log_p: float) -> float:
     return unvisited + max(math.log1p(-math.exp(log_p - unvisited)), _LN_FLOOR)
 
 
-@_jit
+@jit
 def _find(nodes: _Records, node: int, token: int) -> int:
     child = nodes[node].first_child
     while child >= 0 and nodes[child].token != token:
@@ -142,7 +135,7 @@ def _find(nodes: _Records, node: int, token: int) -> int:
     return child  # type: ignore[no-any-return]
 
 
-@_jit
+@jit
 def _victim(tries: _Records, state: _Records, empty: bool) -> int:
     """The least recently used of the tries without references that have nodes, or of those that have none."""
     found = -1
@@ -153,7 +146,7 @@ def _victim(tries: _Records, state: _Records, empty: bool) -> int:
     return found
 
 
-@_jit
+@jit
 def _evict(arena: _Arena, trie: int) -> None:
     """Frees all nodes of a trie; its entry in the table stays. The list of nodes still to visit needs no memory
     either: it is threaded through next_sibling like the list of free ones."""
@@ -177,7 +170,7 @@ def _evict(arena: _Arena, trie: int) -> None:
     tries[trie].nodes = 0
 
 
-@_jit
+@jit
 def _insert(arena: _Arena, trie: int, parent: int, token: int, log_p: float, log_c: float, unvisited: float) -> int:
     """A new child of ``parent``, or the root if that is -1; -1 if there is no room even after an eviction."""
     nodes, tries, state = arena
@@ -206,7 +199,7 @@ def _insert(arena: _Arena, trie: int, parent: int, token: int, log_p: float, log
     return node  # type: ignore[no-any-return]
 
 
-@_jit
+@jit
 def _queue(nodes: _Records, node: int, dirty: _Int, count: int) -> int:
     """Puts a node, once, on the list of those to recompute."""
     if nodes[node].queued:
@@ -216,7 +209,7 @@ def _queue(nodes: _Records, node: int, dirty: _Int, count: int) -> int:
     return count + 1
 
 
-@_jit
+@jit
 def _record(
     arena: _Arena, trie: _Int, node: _Int32, parent_row: _Int, parent: _Int32, token: _Int, log_p: _Float, legal: _Float
 ) -> _Int32:
@@ -292,7 +285,7 @@ def _record(
     return out
 
 
-@_jit
+@jit
 def _child(nodes: _Records, node: _Int32, token: _Int) -> _Int32:
     out = np.full(len(node), -1, np.int32)
     for i in range(len(node)):
@@ -301,7 +294,7 @@ def _child(nodes: _Records, node: _Int32, token: _Int) -> _Int32:
     return out
 
 
-@_jit
+@jit
 def _children(nodes: _Records, node: _Int32) -> tuple[_Int, _Int, _Float, _Float]:
     offsets = np.zeros(len(node) + 1, np.int64)
     for i in range(len(node)):
@@ -319,7 +312,7 @@ def _children(nodes: _Records, node: _Int32) -> tuple[_Int, _Int, _Float, _Float
     return offsets, token, log_c, log_p
 
 
-@_jit
+@jit
 def _order(nodes: _Records, roots: _Int32, total: int) -> tuple[_Int32, _Int32]:
     """The nodes of some tries, breadth first, and each one's parent by its place in that order."""
     order, parent = np.empty(total, np.int32), np.full(total, -1, np.int32)
@@ -337,7 +330,7 @@ def _order(nodes: _Records, roots: _Int32, total: int) -> tuple[_Int32, _Int32]:
     return order, parent
 
 
-@_jit
+@jit
 def _graft(
     arena: _Arena, trie: int, parent: _Int32, token: _Int32, log_p: _Float, log_c: _Float, unvisited: _Float
 ) -> None:
