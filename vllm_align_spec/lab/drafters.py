@@ -39,7 +39,7 @@ SHARED: dict[str, Any] = {
     "log_every": 20,
 }
 """What all variants share. The published rate would need the published number of steps."""
-STEPS = 800
+STEPS = 300
 WIDE = "eagle-wide"
 """EAGLE with as many parameters as FSPAD: tells what the equations bring from what the parameters bring."""
 

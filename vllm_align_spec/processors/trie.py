@@ -649,5 +649,6 @@ def warm_up() -> None:
     root = tries.record(np.array([trie]), none, none, none, none, zero, zero)
     tries.child(root, none)
     tries.children(root)
+    packed = tries._packed()
     _evict(tries._arena, _victim(*tries._arena[1:], False))
-    tries._unpack(tries._packed())
+    tries._unpack(packed)
