@@ -476,14 +476,17 @@ def _explain(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> 
 
 
 def _accepted(cls: type[BaseModel], field: str) -> str:
-    return _accepted_by(cls.model_json_schema()["properties"][field])
+    return accepted_by(cls.model_json_schema()["properties"][field])
 
 
-def _accepted_by(schema: Mapping[str, Any]) -> str:
+def accepted_by(schema: Mapping[str, Any]) -> str:
+    """A JSON schema of one option in words."""
     if "anyOf" in schema:
-        return " or ".join(_accepted_by(one) for one in schema["anyOf"] if one.get("type") != "null")
+        return " or ".join(accepted_by(one) for one in schema["anyOf"] if one.get("type") != "null")
+    if "prefixItems" in schema:
+        return f"a list of {len(schema['prefixItems'])}, each of it {accepted_by(schema['prefixItems'][0])}"
     if schema.get("type") == "array":
-        return f"a list, each of it {_accepted_by(schema['items'])}"
+        return f"a list, each of it {accepted_by(schema['items'])}"
     if "enum" in schema:
         return " | ".join(repr(v) for v in schema["enum"])
     if "const" in schema:
@@ -493,7 +496,7 @@ def _accepted_by(schema: Mapping[str, Any]) -> str:
         "number": "a number",
         "boolean": "true or false",
         "string": "a string",
-        "array": "one value, or a list of them",
+        "object": "an object",
     }.get(schema.get("type", ""), "")
     bounds = [
         f"{sign} {schema[key]:g}"
