@@ -27,7 +27,7 @@ def default(schema: Mapping[str, Any], *, required: bool) -> str:
     if required:
         return "required"
     value = schema.get("default")
-    return "–" if value in (None, [], "", {}) else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    return "none" if value in (None, [], "", {}) else f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def properties(schema: Mapping[str, Any], root: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str, str, str]]:
@@ -65,9 +65,9 @@ def options_page() -> str:
         GENERATED,
         "# Options\n",
         "What a request may say in `vllm_xargs`, method by method, and what an operator may say under "
-        "`--additional-config '{\"align_spec\": {…}}'`. An unknown key with one of these prefixes, a wrong type or a value "
-        "out of range is answered with 400 (a request) or ends the start-up (an engine); the message names the key, the "
-        "value and what would be accepted. `GET /v1/align_spec/info` has the same as JSON schemas.\n",
+        "`--additional-config '{\"align_spec\": {…}}'`. An unknown key with one of these prefixes, a wrong type or a "
+        "value out of range is answered with 400 (a request) or ends the start-up (an engine); the message names the "
+        "key, the value and what would be accepted. `GET /v1/align_spec/info` has the same as JSON schemas.\n",
         "## Of requests\n",
         f"`{next(iter(SHARED_KEYS))}` goes with every method.\n",
     ]

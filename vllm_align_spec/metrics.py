@@ -13,6 +13,8 @@ from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from vllm_align_spec.options import METHODS
+
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -119,6 +121,34 @@ class Metrics:
         )
         self.report_calls = Counter("align_spec:report_calls", "Calls that asked the workers for reports.")
         self.report_calls_failed = Counter("align_spec:report_calls_failed", "Those of them that failed.")
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        # A series that appears with its first event has no rate at that moment, so an alert would miss it.
+        for options in METHODS:
+            self.method_failures.labels(options.method)
+            for outcome in ("completed", "cancelled", "failed"):
+                self.requests.labels(options.method, outcome)
+        for mode in ("adaptive", "exact", "weighted"):
+            self.asap_attempts.labels(mode)
+            self.asap_failed.labels(mode)
+        for method in ("args", "dera", "pad", "genarm"):
+            self.guided_rows.labels(method)
+            self.guided_unanswered.labels(method)
+        for fate in ("accepted", "best", "rejected", "surplus"):
+            self.cards_segments.labels(fate)
+        for method in ("cards", "bon", "deal"):
+            self.sampled_tokens.labels(method)
+            self.delivered_tokens.labels(method)
+            self.judge_calls.labels(method)
+
+    def know_judge(self, name: str) -> None:
+        """Its series begin at zero."""
+        self.judge_open.labels(name).set(0)
+        self.judge_seconds.labels(name)
+        self.judge_answers.labels(name)
+        for reason in ("timeout", "failed", "nonsense", "busy"):
+            self.judge_failures.labels(name, reason)
 
     def observe_choice(self, report: Mapping[str, Any]) -> None:
         """Counts one choice's report, as `strategies.base.Strategy.report` made it."""

@@ -86,6 +86,7 @@ class Guard:
 
     async def ready(self) -> None:
         """See `Scorer.ready`."""
+        metrics().know_judge(self.name)
         await self._scorer.ready()
 
     async def score(self, answers: Sequence[Answer]) -> list[float]:
