@@ -67,7 +67,7 @@ class Script:
         self.attempts, self.reports = attempts, reports
         self.calls, self.closed, self.log = [], 0, []
 
-    async def generate(self, prompt_token_ids, *, max_tokens, min_tokens, arguments=None, seed=None):
+    async def generate(self, prompt_token_ids, *, max_tokens, min_tokens, arguments=None, seed=None, whole=False):
         assert self.closed == len(self.calls), "an attempt began while another ran"
         self.calls.append(
             {"prompt": list(prompt_token_ids), "max": max_tokens, "min": min_tokens, "seed": seed, **arguments}

@@ -474,13 +474,14 @@ class _Choice:
         top_k: int | None = None,
         seed: int | None = None,
         reported: bool = True,
+        whole: bool = False,
     ) -> AsyncGenerator[Chunk, None]:
         """See `strategies.base.Engine.generate`."""
         params = self._params.clone()
         params.detokenize = False
         params.stop = []
         params.output_text_buffer_length = 0
-        params.output_kind = RequestOutputKind.DELTA
+        params.output_kind = RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA
         params.flat_logprobs = True
         params.max_tokens = max_tokens
         params.min_tokens = min_tokens

@@ -147,6 +147,7 @@ class Engine(Protocol):
         top_k: int | None = None,
         seed: int | None = None,
         reported: bool = True,
+        whole: bool = False,
     ) -> AsyncGenerator[Chunk, None]:
         """Continues a prompt with the request's own sampling parameters, except those given.
 
@@ -159,6 +160,7 @@ class Engine(Protocol):
             top_k: likeliest tokens that are sampled from, with ``temperature``; 0 for all.
             seed: instead of the choice's own.
             reported: whether the worker's report is wanted, which several requests at once cannot have.
+            whole: one chunk at the end, for who does nothing with a part: tokens one by one cost this process time.
         """
         ...
 
