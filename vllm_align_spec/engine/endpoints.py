@@ -1,4 +1,4 @@
-"""HTTP routes under ``/v1/align_spec/``, where the server's ``--api-key`` guards them.
+"""HTTP routes under ``/v1/align_spec/``, where the server's ``--api-key`` guards them, and the inspector's page.
 
 vLLM loads endpoint plugins only if ``VLLM_PLUGINS`` names them (``vllm-align-spec serve`` sees to that).
 """
@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import inspect
 from argparse import Namespace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from fastapi.staticfiles import StaticFiles
 
 from vllm_align_spec import __version__
 from vllm_align_spec.engine import frontend
 from vllm_align_spec.options import METHODS, EngineOptions
 
 PREFIX = "/v1/align_spec"
+INSPECTOR = "/align_spec"
+"""A page that anybody may load: what it shows it asks of guarded routes, with the key that its user enters."""
 
 
 class AlignSpecEndpoints:
@@ -29,6 +33,7 @@ class AlignSpecEndpoints:
         """Adds the routes."""
         app.get(f"{PREFIX}/info")(_info)
         app.get(f"{PREFIX}/reports/{{response_id:path}}")(_report)
+        app.mount(INSPECTOR, StaticFiles(directory=Path(__file__).parent / "inspector", html=True))
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Keeps this process's front end for the routes. A judge that cannot be loaded ends the start-up."""
