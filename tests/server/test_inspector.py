@@ -47,6 +47,7 @@ def run(page, method, **options):
         field = page.locator(f"#options [name={name}]")
         field.select_option(value) if field.evaluate("e => e.tagName") == "SELECT" else field.fill(value)
     page.locator("#max_tokens").fill("32")
+    page.locator("#max_tokens").fill("32")
     page.locator("#prompt").focus()
     page.keyboard.press("Control+Enter")
     playwright.expect(page.locator("#stop")).to_be_disabled(timeout=60_000)
