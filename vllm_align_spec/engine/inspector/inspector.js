@@ -104,10 +104,10 @@ async function* events(response) {
   }
 }
 
-function add(text, answer, token, origin) {
+function add(text, answer, token, shown, origin) {
   const span = document.createElement("span");
   span.className = `token ${origin}`;
-  span.textContent = token.token;
+  span.textContent = shown;
   Object.assign(token, { origin, place: answer.tokens.length });
   span.token = token;
   answer.tokens.push(token);
@@ -154,8 +154,15 @@ async function run(article, options, signal) {
       const content = choice.delta.content || "";
       const tokens = choice.logprobs?.content ?? (content ? [{ token: content }] : []);
       if (tokens.length && first === null) first = performance.now() - start;
-      // One engine step brings its accepted drafts and one token of the target's own.
-      tokens.forEach((token, i) => add(text, answer, { ...token }, i + 1 < tokens.length ? "draft" : "base"));
+      // One engine step brings its accepted drafts and one token of the target's own. Together they show what was said:
+      // an end token has no text, and a character may be spread over tokens.
+      let rest = content;
+      tokens.forEach((token, i) => {
+        const last = i + 1 === tokens.length;
+        const shown = last ? rest : rest.startsWith(token.token) ? token.token : "";
+        rest = rest.slice(shown.length);
+        add(text, answer, { ...token }, shown, last ? "base" : "draft");
+      });
       finish = choice.finish_reason || finish;
     }
     const seconds = (performance.now() - start) / 1000;
