@@ -74,6 +74,7 @@ def test_both_answers_arrive_and_tokens_tell_where_they_came_from(page, server, 
 
 
 def test_tokens_are_read_with_the_keyboard_and_the_mouse(page):
+    page.locator("#temperature").fill("1")
     run(page, "cards", cards_reward="short", cards_threshold="-1", cards_entropy="0.5")
     page.locator("#aligned .text").focus()
     page.keyboard.press("ArrowRight")
