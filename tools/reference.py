@@ -10,7 +10,7 @@ from typing import Any
 from prometheus_client.metrics import MetricWrapperBase
 from pydantic import BaseModel
 
-from vllm_align_spec.metrics import Metrics
+from vllm_align_spec.metrics import metrics
 from vllm_align_spec.options import METHODS, SHARED_KEYS, EngineOptions, accepted_by
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -95,7 +95,7 @@ def metrics_page() -> str:
         "| metric | type | labels | what |",
         "|---|---|---|---|",
     ]
-    for collector in vars(Metrics()).values():
+    for collector in vars(metrics()).values():
         assert isinstance(collector, MetricWrapperBase)
         (metric,) = collector.describe()
         name = metric.name + ("_total" if metric.type == "counter" else "")

@@ -30,7 +30,9 @@ class Metrics:
             "align_spec:refused", "Requests refused at admission, by the option at fault.", ("option",)
         )
         self.method_failures = Counter(
-            "align_spec:method_failures", "Choices whose method failed and that went on as plain decoding.", ("method",)
+            "align_spec:method_failures",
+            "Choices whose method, pilot or judge failed; their report says what followed.",
+            ("method",),
         )
         self.wsd_opening_tokens = Histogram(
             "align_spec:wsd_opening_tokens", "Draft tokens kept as a response's opening.", buckets=(0, *_TOKENS)
@@ -147,7 +149,7 @@ class Metrics:
         self.judge_open.labels(name).set(0)
         self.judge_seconds.labels(name)
         self.judge_answers.labels(name)
-        for reason in ("timeout", "failed", "nonsense", "busy"):
+        for reason in ("timeout", "failed", "nonsense", "busy", "refused"):
             self.judge_failures.labels(name, reason)
 
     def observe_choice(self, report: Mapping[str, Any]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.parse
 import urllib.request
@@ -38,10 +40,10 @@ def programs(tmp_path_factory):
         return found
     folder = tmp_path_factory.mktemp("debian")
     try:
-        subprocess.run(["apt-get", "download", "prometheus"], cwd=folder, check=True, capture_output=True)
-        (package,) = folder.glob("prometheus_*.deb")
+        subprocess.run(["apt-get", "download", "prometheus"], cwd=folder, check=True, capture_output=True, timeout=120)
+        package = next(folder.glob("prometheus_*.deb"))
         subprocess.run(["dpkg-deb", "-x", package.name, "."], cwd=folder, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, StopIteration, subprocess.SubprocessError) as error:
         pytest.skip(f"Prometheus is neither installed nor to be had from Debian: {error}")
     return str(folder / "usr/bin/prometheus"), str(folder / "usr/bin/promtool")
 
@@ -50,7 +52,8 @@ class Prometheus:
     """A running one, which scrapes every second."""
 
     def __init__(self, program, folder, target):
-        shutil.copy(DEPLOY / "prometheus/rules.yml", folder)
+        rules = (DEPLOY / "prometheus/rules.yml").read_text()
+        (folder / "rules.yml").write_text(rules.replace("for: 1m", "for: 1s"))
         config = (DEPLOY / "prometheus/prometheus.yml").read_text()
         config = config.replace("15s", "1s").replace("localhost:8000", target)
         (folder / "prometheus.yml").write_text(config)
@@ -90,7 +93,7 @@ def prometheus(programs, tmp_path_factory, server):
     try:
         for _ in range(2):  # a rate needs a scrape before and one after
             load(server)
-            running.wait(lambda: running.ask("query", query="up")["result"][0]["value"][1] == "1")
+            running.wait(lambda: [1 for up in running.ask("query", query="up")["result"] if up["value"][1] == "1"])
             time.sleep(2)
         yield running
     finally:
@@ -115,7 +118,7 @@ def dashboards():
 
 def test_the_dashboards_are_what_their_tool_would_write():
     tool = Path(__file__).parents[2] / "tools/dashboards.py"
-    assert subprocess.run(["python3", str(tool), "--check"], capture_output=True).returncode == 0
+    assert subprocess.run([sys.executable, str(tool), "--check"], capture_output=True).returncode == 0
 
 
 def test_promtool_accepts_config_and_rules(programs):
@@ -123,8 +126,14 @@ def test_promtool_accepts_config_and_rules(programs):
 
 
 def test_every_expression_of_the_dashboards_has_data(prometheus):
-    empty = [f"{where}: {expr}" for where, expr in dashboards() if not prometheus.ask("query", query=expr)["result"]]
+    empty = [where for where, expr in dashboards() if not numbers(prometheus, expr)]
     assert not empty
+
+
+def numbers(prometheus, expression):
+    """What an expression gives besides 0 / 0."""
+    found = [float(one["value"][1]) for one in prometheus.ask("query", query=expression)["result"]]
+    return [number for number in found if not math.isnan(number)]
 
 
 def test_every_rule_is_evaluated_and_has_something_to_evaluate(prometheus):
@@ -133,7 +142,7 @@ def test_every_rule_is_evaluated_and_has_something_to_evaluate(prometheus):
     assert not [rule["name"] for rule in group["rules"] if rule.get("alerts")]
     for rule in group["rules"]:
         observed = re.sub(r"\s(>|==) [\d.]+$", "", rule["query"])
-        assert prometheus.ask("query", query=observed)["result"], rule["name"]
+        assert numbers(prometheus, observed), rule["name"]
 
 
 def test_an_alert_fires_when_a_judge_is_left_alone(prometheus, server, judge):
@@ -142,7 +151,7 @@ def test_an_alert_fires_when_a_judge_is_left_alone(prometheus, server, judge):
         for _ in range(6):
             with pytest.raises(openai.APIStatusError):
                 server.chat(xargs={**METHODS[6], "cards_reward": "remote"}, max_tokens=4, temperature=1.0)
-        alert = 'ALERTS{alertname="AlignSpecJudgeOpen", judge="remote"}'
+        alert = 'ALERTS{alertname="AlignSpecJudgeOpen", alertstate="firing", judge="remote"}'
         prometheus.wait(lambda: prometheus.ask("query", query=alert)["result"])
     finally:
         judge.fault = None

@@ -1,15 +1,17 @@
 """The formulas of the guided methods, with METHODS' values and what must hold for any numbers; digests and names."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_align_spec.options import ArgsOptions, DeraOptions, OptionError, PadOptions
-from vllm_align_spec.processors.args import guided_scores
+from vllm_align_spec.processors.args import ArgsProcessor, guided_scores
 from vllm_align_spec.processors.dera import realign
 from vllm_align_spec.processors.genarm import product
 from vllm_align_spec.processors.pad import personalise
+from vllm_align_spec.processors.rows import Layout, Rows
 from vllm_align_spec.strategies.base import CompanionFacts, EngineFacts
 from vllm_align_spec.strategies.guided import BLOCK, companions, digests
 
@@ -84,3 +86,52 @@ def test_which_companion():
     ):
         with pytest.raises(OptionError, match=words):
             companions(options, engine)
+
+
+class Lengths:
+    """A companion whose reward of a candidate is its id."""
+
+    def rewards(self, entries, position, count, fed, candidates):
+        return candidates.float()
+
+    def enter(self, *arguments):
+        pass
+
+    def knows(self, entries):
+        return entries >= 0
+
+    def prepare(self):
+        pass
+
+
+def test_rows_of_others_stay_where_requests_have_unequal_numbers_of_rows():
+    # A has one row, B four: as many places in the grid, repeated ones included, as the step has rows in all.
+    layout = Layout(torch.device("cpu"), 4, 4, 6, companions={"judge": Lengths()})
+    processor = ArgsProcessor(layout)
+    for entry in (0, 1):
+        processor.admit(
+            entry,
+            {"args_top_k": 2, "args_entropy_gate": 0.0, "args_weight": [1.0], "align_spec_companions": {"judge": {}}},
+            3,
+        )
+    processor.flush()
+    logits = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    before = logits.clone()
+    processor.apply(
+        Rows(
+            logits=logits,
+            index=torch.tensor([[2, 2, 2, 2], [4, 5, 6, 7]]),
+            count=torch.tensor([1, 4]),
+            position=torch.tensor([3, 3]),
+            fed=torch.tensor([0, 0]),
+            draft=torch.tensor([[-1, -1, -1, -1], [1, 2, 3, -1]]),
+            entry=torch.tensor([0, 1]),
+            entry_np=np.array([0, 1]),
+        )
+    )
+    others = [0, 1, 3]
+    assert torch.equal(logits[others], before[others])
+    ours = [2, 4, 5, 6, 7]
+    best = before[ours].topk(2)
+    expected = torch.full((5, 6), -INF).scatter(1, best.indices, best.values + best.indices)
+    assert close(logits[ours].softmax(-1), expected.softmax(-1))

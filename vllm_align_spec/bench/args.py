@@ -15,7 +15,6 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,12 +70,14 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
         "weights": list(weights),
         "quick": quick,
     }
-    with ExitStack() as stack:
-        foreign = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    with tempfile.TemporaryDirectory() as folder:
+        foreign = Path(folder)
         _save_foreign_judge(foreign)
-        engine = stack.enter_context(_engine(foreign))
-        prompts = _prompts(engine)
-        with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
+        with (
+            _engine(foreign) as engine,
+            Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress,
+        ):
+            prompts = _prompts(engine)
             task = progress.add_task("", total=len(settings) + loops + len(weights) + 1)
             for setting in settings:
                 progress.update(task, description=", ".join(f"{name} {value}" for name, value in setting.items()))
@@ -89,7 +90,7 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
                 _answers(engine, prompts[:count], weight, result)
                 progress.advance(task)
         del engine
-        gc.collect()
+        gc.collect()  # an engine that is only collected as the interpreter exits complains
         _shares(result, _settings(foreign), prompts)
     _figures(result)
     _draw(result, out)

@@ -24,7 +24,8 @@ CALLS = {
 """Share -> the call it is the time of. The last two enclose the others; what they do besides is share ``worker``."""
 
 SHARES = ("target", "sampling", "drafting", "companion", "worker", "elsewhere")
-"""``elsewhere`` is the time outside of the worker: scheduling, messages, text."""
+"""``target`` is the target's layers; its head counts as ``worker``. ``elsewhere`` is the time outside of the worker:
+scheduling, messages, text."""
 
 
 class StepClock:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import inspect
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
-from fastapi.staticfiles import StaticFiles
+from fastapi.responses import FileResponse, JSONResponse
 
 from vllm_align_spec import __version__
 from vllm_align_spec.engine import frontend
@@ -33,13 +33,21 @@ class AlignSpecEndpoints:
         """Adds the routes."""
         app.get(f"{PREFIX}/info")(_info)
         app.get(f"{PREFIX}/reports/{{response_id:path}}")(_report)
-        app.mount(INSPECTOR, StaticFiles(directory=Path(__file__).parent / "inspector", html=True))
+        for file in ("index.html", "inspector.css", "inspector.js"):
+            path = f"{INSPECTOR}/{'' if file == 'index.html' else file}"
+            app.get(path, include_in_schema=False)(partial(_file, file))
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Keeps this process's front end for the routes. A judge that cannot be loaded ends the start-up."""
         state.align_spec = frontend.of(engine_client) if engine_client is not None else None
         if state.align_spec is not None:
             await state.align_spec.ready()
+
+
+async def _file(name: str) -> FileResponse:
+    """A part of the inspector; it is never shown inside of another site's page."""
+    headers = {"Content-Security-Policy": "frame-ancestors 'none'", "Cache-Control": "no-cache"}
+    return FileResponse(Path(__file__).parent / "inspector" / name, headers=headers)
 
 
 async def _info(request: Request) -> JSONResponse:

@@ -78,7 +78,8 @@ class ArgsProcessor(Guided):
         entry, (requests, width) = rows.entry, rows.index.shape
         constants = self.constants[entry]
         lines = rows.index.reshape(-1)
-        everything = len(lines) == rows.logits.shape[0]
+        # With more rows a request some may stand for nothing, and others' rows be there all the same.
+        everything = width == 1 and requests == rows.logits.shape[0]
         k = min(int(self._top_k[rows.entry_np].max()), rows.logits.shape[1])
         # Requests without any rows of others between them: no copy of their rows is needed.
         z, token = (rows.logits if everything else rows.logits.index_select(0, lines)).topk(k)

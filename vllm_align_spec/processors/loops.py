@@ -84,16 +84,17 @@ def _strike(
     for i in range(len(x)):
         row, of_ends = x[i], ends[i // width]
         if only_ends[i]:
-            kept = np.empty(len(of_ends), x.dtype)
+            kept = np.full(len(of_ends), -np.inf, x.dtype)
             for j in range(len(of_ends)):
-                kept[j] = row[max(of_ends[j], 0)]
+                if 0 <= of_ends[j] < len(row):  # an end token of the configuration may lie outside of the vocabulary
+                    kept[j] = row[of_ends[j]]
             row[:] = -np.inf
             for j in range(len(of_ends)):
-                if of_ends[j] >= 0:
+                if 0 <= of_ends[j] < len(row):
                     row[of_ends[j]] = kept[j]
         if no_ends[i]:
             for j in range(len(of_ends)):
-                if of_ends[j] >= 0:
+                if 0 <= of_ends[j] < len(row):
                     row[of_ends[j]] = -np.inf
         draft_log_p[i] = -np.inf
         if draft[i] >= 0 and row[draft[i]] > -np.inf:

@@ -160,7 +160,8 @@ class Engine(Protocol):
             top_k: likeliest tokens that are sampled from, with ``temperature``; 0 for all.
             seed: instead of the choice's own.
             reported: whether the worker's report is wanted, which several requests at once cannot have.
-            whole: one chunk at the end, for who does nothing with a part: tokens one by one cost this process time.
+            whole: one chunk at the end, for who does nothing with a part, not even count what an aborted request cost:
+                tokens one by one cost this process time.
         """
         ...
 

@@ -176,11 +176,7 @@ async def _sample(request: Request, engine: Engine, notes: Notes, seed: int | No
     token_ids: list[int] = []
     logprobs: list[Any] = []
     inner = engine.generate(
-        request.prompt_token_ids,
-        max_tokens=request.max_tokens,
-        min_tokens=request.min_tokens,
-        seed=seed,
-        whole=not request.stop_strings,  # a stop string ends a sample early
+        request.prompt_token_ids, max_tokens=request.max_tokens, min_tokens=request.min_tokens, seed=seed
     )
     last = Chunk([], None, "abort")
     cut = None

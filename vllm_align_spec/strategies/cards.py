@@ -250,7 +250,6 @@ async def _candidate(
         top_k=options.cards_top_k,
         seed=seed,
         reported=options.cards_max_tries == 1,
-        whole=True,
     )
     last = Chunk([], None, "abort")
     async with aclosing(inner) as chunks:

@@ -152,7 +152,7 @@ async def _next_token(
         token = tokens[place]
         seen = [*response, token]
         if ahead and token not in request.stop_token_ids:
-            inner = engine.generate([*prefix, token], max_tokens=ahead, min_tokens=0, temperature=0.0, whole=True)
+            inner = engine.generate([*prefix, token], max_tokens=ahead, min_tokens=0, temperature=0.0)
             async with aclosing(inner) as chunks:
                 async for chunk in chunks:
                     seen += chunk.token_ids

@@ -4,6 +4,9 @@
 const $ = (id) => document.getElementById(id);
 const SHARED = "align_spec_strict";
 const WITHOUT_LOGPROBS = new Set(["deal"]); // the method refuses them
+// Whose report tells drafts from the target's own tokens. Until it comes, all tokens of an event but its last count as
+// drafts; elsewhere nobody tells.
+const DRAFTING = new Set(["wsd"]);
 let methods = {};
 let model = "";
 let running = null; // AbortController of both requests
@@ -24,10 +27,12 @@ function tell(node, text, wrong = false) {
 async function begin() {
   try {
     const [info, models] = [await ask("../v1/align_spec/info"), await ask("../v1/models")];
-    methods = info.methods;
+    if (!Object.keys(methods).length) {
+      methods = info.methods;
+      $("method").replaceChildren(...Object.keys(methods).map((name) => new Option(name)));
+      showOptions();
+    }
     model = models.data[0].id;
-    $("method").replaceChildren(...Object.keys(methods).map((name) => new Option(name)));
-    showOptions();
     tell($("state"), `${model}, vllm_align_spec ${info.version}${info.enabled ? "" : ", switched off"}`);
   } catch (error) {
     tell($("state"), `${error.message} – if it wants a key, enter it below`, true);
@@ -154,28 +159,27 @@ async function run(article, options, signal) {
       const content = choice.delta.content || "";
       const tokens = choice.logprobs?.content ?? (content ? [{ token: content }] : []);
       if (tokens.length && first === null) first = performance.now() - start;
-      // One engine step brings its accepted drafts and one token of the target's own. Together they show what was said:
-      // an end token has no text, and a character may be spread over tokens.
+      // Together they show what was said: an end token has no text, and a character may be spread over tokens.
       let rest = content;
       tokens.forEach((token, i) => {
         const last = i + 1 === tokens.length;
         const shown = last ? rest : rest.startsWith(token.token) ? token.token : "";
         rest = rest.slice(shown.length);
-        add(text, answer, { ...token }, shown, last ? "base" : "draft");
+        add(text, answer, { ...token }, shown, options && !last && DRAFTING.has($("method").value) ? "draft" : "base");
       });
       finish = choice.finish_reason || finish;
     }
     const seconds = (performance.now() - start) / 1000;
     const speed = (answer.tokens.length / seconds).toFixed(1);
     tell(told, `${answer.tokens.length} tokens in ${seconds.toFixed(2)} s (${speed}/s), first after ${((first ?? 0) / 1000).toFixed(2)} s; ended: ${finish}`);
-    if (options) await explain(article, answer);
+    if (options) await explain(article, answer, signal);
   } catch (error) {
     tell(told, error.name === "AbortError" ? "stopped" : error.message, error.name !== "AbortError");
   }
 }
 
 // What the report adds: which tokens are the pilot's, and what was rejected before a segment was taken.
-async function explain(article, answer) {
+async function explain(article, answer, signal) {
   let report = null;
   for (let tries = 0; tries < 20 && report === null; tries += 1) {
     try {
@@ -184,7 +188,7 @@ async function explain(article, answer) {
       await new Promise((later) => setTimeout(later, 150));
     }
   }
-  if (report === null) return;
+  if (report === null || signal.aborted) return;
   article.querySelector("pre").textContent = JSON.stringify(report, null, 1);
   const [choice] = report.choices;
   const mark = (place, origin, more) => {
