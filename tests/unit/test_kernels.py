@@ -252,6 +252,19 @@ def test_asap_draw_leaves_out_visited_children_exactly():
     assert_close(found.log_h, torch.full((2, 2), -260.0), 1e-4)
 
 
+def test_end_tokens_outside_of_the_vocabulary_touch_nothing():
+    from vllm_align_spec.processors import asap
+
+    step = random_step(16)
+    step |= {"ends": torch.full((4, 2), 16 + 2**20), "no_ends": torch.zeros(4, 4, dtype=torch.bool)}
+    step["only_ends"] = ~step["no_ends"]
+    assert (asap.draw(**step).log_h == -INF).all()
+    step |= {"only_ends": step["no_ends"], "no_ends": step["only_ends"]}
+    with_ends = asap.draw(**step)
+    step["no_ends"] = step["only_ends"]
+    assert torch.equal(asap.draw(**step).log_h, with_ends.log_h)
+
+
 @in_a_process(interpreted=True)
 def test_asap_draw_takes_a_row_of_minus_infinity_alone():
     from vllm_align_spec.processors import kernels
