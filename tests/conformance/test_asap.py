@@ -116,6 +116,7 @@ def test_exact_attempts_side_by_side_follow_the_conditional_law(start, runner, t
     assert 0.5 * float((masked - law).abs().sum()) > 3 * quantile(law, 400)
 
 
+@pytest.mark.slow
 def test_exact_attempts_one_after_the_other_follow_it_too_at_another_temperature(start, table):
     engine = start("v1")
     found = []
