@@ -65,7 +65,7 @@ def test_the_wheel_holds_the_package_the_patches_and_the_lab(wheel):
     missing = {
         f"vllm_align_spec/{path.relative_to(ROOT / 'vllm_align_spec')}"
         for path in (ROOT / "vllm_align_spec").rglob("*")
-        if path.suffix in (".py", ".safetensors", ".typed", ".jinja", ".jsonl") and "patches" not in path.parts
+        if path.suffix in (".py", ".safetensors", ".typed", ".jinja", ".jsonl", ".html", ".css", ".js") and "patches" not in path.parts
     } - names
     assert not missing
     assert {f"vllm_align_spec/patches/{path.name}" for path in (ROOT / "patches").glob("*.py")} <= names
