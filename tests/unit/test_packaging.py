@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+SHIPPED = (".py", ".safetensors", ".typed", ".jinja", ".jsonl", ".html", ".css", ".js")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_the_wheel_holds_the_package_the_patches_and_the_lab(wheel):
     missing = {
         f"vllm_align_spec/{path.relative_to(ROOT / 'vllm_align_spec')}"
         for path in (ROOT / "vllm_align_spec").rglob("*")
-        if path.suffix in (".py", ".safetensors", ".typed", ".jinja", ".jsonl", ".html", ".css", ".js") and "patches" not in path.parts
+        if path.suffix in SHIPPED and "patches" not in path.parts
     } - names
     assert not missing
     assert {f"vllm_align_spec/patches/{path.name}" for path in (ROOT / "patches").glob("*.py")} <= names
