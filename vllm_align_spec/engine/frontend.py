@@ -156,7 +156,8 @@ class Frontend:
         self._finishing: set[asyncio.Task[None]] = set()
         self.pilot = Pilot(self.options.wsd.pilot) if self.options.wsd.pilot else None
         self.judges = judges(self.options.rewards) if self.options.enabled else {}
-        metrics()  # series begin at zero now, and not with the first request's end
+        if self.options.enabled:
+            metrics()  # series begin at zero now, and not with the first request's end
 
     async def ready(self) -> None:
         """Waits until the judges of this process can be asked.
