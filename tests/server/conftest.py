@@ -30,7 +30,7 @@ def server(tmp_path_factory, pilot, foreign, judge):
                 "remote": {
                     "kind": "http",
                     "url": judge.url,
-                    "timeout_s": 3,
+                    "timeout_s": 8,
                     "retries": 1,
                     "breaker_s": 1,
                     "max_concurrency": 256,

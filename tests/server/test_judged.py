@@ -231,7 +231,7 @@ def test_deal_with_a_program_moves_the_response_towards_it(server):
         ("nan", 502, "nan"),
         ("wrong count", 502, "gave 0 rewards for 1"),
         ("die", 502, "cannot be reached"),
-        ("hang", 504, "took longer than timeout_s=3"),
+        ("hang", 504, "took longer than timeout_s=8"),
     ],
 )
 def test_a_judge_that_misbehaves_is_an_error_that_says_so_within_its_deadline(server, remote, fault, status, says):
@@ -242,7 +242,7 @@ def test_a_judge_that_misbehaves_is_an_error_that_says_so_within_its_deadline(se
         cards(server, REMOTE, max_tokens=8)
     assert caught.value.status_code == status
     assert says in str(caught.value), str(caught.value)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20
     assert server.metric("align_spec:judge_failures_total", judge="remote") > 0
 
 

@@ -61,7 +61,7 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
         out: folder for the figure.
     """
     started = time.monotonic()
-    restarts, pairs, tokens, probes = (1, 10, 64, 3) if quick else (3, 20, 96, 8)
+    restarts, pairs, tokens, probes = (1, 10, 64, 3) if quick else (2, 15, 96, 8)
     result = Result("overhead")
     result.setting |= {
         "models": {"base": "lab base", "pilot": "lab pilot"},
