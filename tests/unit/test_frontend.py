@@ -234,7 +234,7 @@ REFUSED = [
     ({}, {}, {"prompt": {"type": "multimodal", "prompt_token_ids": PROMPT}}, "type 'multimodal'"),
     ({}, {}, {"prompt": {"prompt_embeds": None}}, "type dict"),
     ({}, {}, {"prompt": original(None, None, None, None)}, "type async_generator"),
-    ({}, {}, {"kwargs": {"lora_request": "lora"}}, "lora_request"),
+    ({}, {}, {"kwargs": {"lora_request": SimpleNamespace(lora_name="lora")}}, "lora_request='lora'"),
     ({}, {}, {"thinking_token_budget": 5}, "thinking_token_budget=5"),
     ({}, {}, {"repetition_penalty": 1.2}, "send repetition_penalty=1.0 (the model's generation_config"),
     ({}, {}, {"stop_token_ids": list(range(71, 141))}, "72 stop token ids"),

@@ -221,10 +221,13 @@ class Frontend:
             )
         params = params.clone()
         params.extra_args = {k: v for k, v in (params.extra_args or {}).items() if not is_ours(k)} or None
-        bends = _bends(params, kwargs, engine.model_config)
+        bends = _bends(params, engine.model_config)
         strategy = self._strategy(options)
         if not strategy.structured and params.structured_outputs is not None:
             bends["structured_outputs=True"] = "drop it (response_format, tools set it)"
+        adapter = kwargs.get("lora_request")
+        if adapter is not None and not strategy.adapters:
+            bends[f"lora_request={adapter.lora_name!r}"] = "name the base model"
         truncates = _truncates(params) if strategy.method in ("asap", "cards") else {}
         if strategy.method == "bon" or not (bends or truncates):
             params.verify(
@@ -252,12 +255,21 @@ class Frontend:
             stop_strings=_strings(params.stop),
             ignore_eos=params.ignore_eos,
             truncates=truncates,
-            scope=str(rendered.get("cache_salt") or ""),
+            scope=self._scope(rendered.get("cache_salt"), adapter),
         )
         strategy.admit(request, self.facts)
         inherited: dict[str, Any] = {key: rendered[key] for key in ("cache_salt", "arrival_time") if key in rendered}
-        inner_kwargs = {key: value for key, value in kwargs.items() if key not in ("prompt_text", "lora_request")}
+        inner_kwargs = {key: value for key, value in kwargs.items() if key != "prompt_text"}
         return Call(original, strategy, request, params, request_id, inherited, inner_kwargs)
+
+    def _scope(self, cache_salt: str | None, adapter: Any) -> str:
+        salt = cache_salt or ""
+        if adapter is None:
+            return salt
+        # Nothing says what an adapter's weights are. So what is learnt of one holds for this launch (a saved trie
+        # never matches again), and of one that vLLM may load anew under its name for this request.
+        seen = uuid.uuid4().hex if adapter.load_inplace else self.engine.vllm_config.instance_id
+        return json.dumps([salt, adapter.lora_name, adapter.lora_int_id, adapter.lora_path, seen])
 
     def _strategy(self, options: Sequence[RequestOptions]) -> Strategy:
         found = [self._strategies[one.method] for one in options if one.method in self._strategies]
@@ -730,7 +742,7 @@ def _grammar(params: SamplingParams) -> str | None:
     return json.dumps(fields, default=str)
 
 
-def _bends(params: SamplingParams, kwargs: Mapping[str, Any], model_config: Any) -> dict[str, str]:
+def _bends(params: SamplingParams, model_config: Any) -> dict[str, str]:
     """What in a request changes the model's distribution, or what else no inner request can carry."""
     drop = "drop it"
     by_default = "send {}={} (the model's generation_config may set another default)"
@@ -744,7 +756,6 @@ def _bends(params: SamplingParams, kwargs: Mapping[str, Any], model_config: Any)
         "thinking_token_budget": (params.thinking_token_budget, None, drop),
         "trace_decode_token_ids": (params.trace_decode_token_ids is not None, False, drop),
         "kv_transfer_params": ("kv_transfer_params" in extra or "ec_transfer_params" in extra, False, drop),
-        "lora_request": (kwargs.get("lora_request") is not None, False, "name the base model; the pilot has no LoRA"),
         "return_sampling_mask": (bool(getattr(model_config, "return_sampling_mask", False)), False, "start without it"),
     }
     for name, neutral in (("presence_penalty", 0.0), ("frequency_penalty", 0.0), ("repetition_penalty", 1.0)):

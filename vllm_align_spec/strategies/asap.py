@@ -33,6 +33,7 @@ class AsapStrategy:
     method: ClassVar[str] = "asap"
     control: ClassVar[bool] = True
     structured: ClassVar[bool] = True
+    adapters: ClassVar[bool] = True
 
     def admit(self, request: Request, engine: EngineFacts) -> None:
         """Refuses whatever makes the base distribution another one than the model's at its temperature, or the

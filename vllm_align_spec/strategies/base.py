@@ -77,7 +77,8 @@ class Request:
     truncates: Mapping[str, str] = field(default_factory=dict)
     """What cuts the sampled distribution (top-p and kin): name=value, and how to do without."""
     scope: str = ""
-    """Names whatever else the model's distribution depends on and who may share what is learnt of it: cache salt."""
+    """Names whatever else the model's distribution depends on and who may share what is learnt of it: cache salt, LoRA
+    adapter."""
 
     def option(self, kind: type[Any]) -> Any:
         """The request's options of one method."""
@@ -247,6 +248,8 @@ class Strategy(Protocol):
     """Whether its token processor ends requests by control ids."""
     structured: ClassVar[bool]
     """Whether it can do with structured output."""
+    adapters: ClassVar[bool]
+    """Whether it can do with a LoRA adapter on the target."""
 
     def admit(self, request: Request, engine: EngineFacts) -> None:
         """Refuses what cannot be honoured.

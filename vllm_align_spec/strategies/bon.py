@@ -66,6 +66,7 @@ class BonStrategy:
     method: ClassVar[str] = "bon"
     control: ClassVar[bool] = False
     structured: ClassVar[bool] = True
+    adapters: ClassVar[bool] = True
 
     def admit(self, request: Request, engine: EngineFacts) -> None:
         """Refuses what samples of one prompt cannot honour.

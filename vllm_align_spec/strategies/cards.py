@@ -65,6 +65,7 @@ class CardsStrategy:
     method: ClassVar[str] = "cards"
     control: ClassVar[bool] = True
     structured: ClassVar[bool] = False
+    adapters: ClassVar[bool] = False
 
     def admit(self, request: Request, engine: EngineFacts) -> None:
         """Refuses what resubmitted segments cannot honour.

@@ -43,6 +43,7 @@ class DealStrategy:
     method: ClassVar[str] = "deal"
     control: ClassVar[bool] = False
     structured: ClassVar[bool] = False
+    adapters: ClassVar[bool] = False
 
     def admit(self, request: Request, engine: EngineFacts) -> None:
         """Refuses what a choice of each single token cannot honour.

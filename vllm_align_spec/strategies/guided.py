@@ -30,6 +30,7 @@ class GuidedStrategy:
     method: str
     control: ClassVar[bool] = False
     structured: ClassVar[bool] = True
+    adapters: ClassVar[bool] = False
 
     def __init__(self, options: type[GuidedOptions]) -> None:
         self.method = options.method

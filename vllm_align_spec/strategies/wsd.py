@@ -38,6 +38,7 @@ class WsdStrategy:
     method: ClassVar[str] = "wsd"
     control: ClassVar[bool] = False
     structured: ClassVar[bool] = False
+    adapters: ClassVar[bool] = False
 
     def admit(self, request: Request, engine: EngineFacts) -> None:
         """Refuses requests and engines with which the opening would not be the pilot's, or p not the base model's.
