@@ -135,6 +135,7 @@ def test_methods_that_cannot_say_so(llm, adapter):
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
 
-    params = SamplingParams(temperature=1.0, max_tokens=8, extra_args={"cards": "on", "cards_reward": "short"})
-    with pytest.raises(VLLMValidationError, match="lora_request='adapter' cannot be combined with cards; name the base"):
+    extra = {"cards": "on", "cards_reward": "short", "cards_threshold": 0.0}
+    params = SamplingParams(temperature=1.0, max_tokens=8, extra_args=extra)
+    with pytest.raises(VLLMValidationError, match="lora_request='adapter' cannot be combined with cards; name the"):
         llm.generate(SENTENCE, params, lora_request=request(adapter[0]), use_tqdm=False)

@@ -3,7 +3,7 @@
 Throughput is that of the lab's JSON records with vLLM's structured outputs alone and with `adaptive`, in turn on one
 engine, in tokens that clients received. A step is measured without an engine too, as are tries that grow to a million
 nodes. Laws are held against enumeration: `exact` on a model that is a table, all samplers on strings of bits. What
-cannot be enumerated, JSON records, is compared by weights, and by what is cut off at ``max_tokens``.
+cannot be enumerated, JSON records and arithmetic, is compared by weights, and by what is cut off at ``max_tokens``.
 
 The parts: `asap_steps` (no engine), `asap_laws` (enumeration), `asap_records` (JSON), `asap_plots`.
 """
@@ -54,8 +54,9 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
             asap_records.device_shares(result)
             with part("truncation", 3) as tick:
                 asap_records.truncation(engine, result, quick, tick)
-            with part("weights of records", 4 if quick else 12) as tick:
-                asap_records.weights(engine, result, quick, tick)
+            for name in ("records", "products"):
+                with part(f"weights of {name}", asap_records.PROMPTS[quick]) as tick:
+                    asap_records.weights(engine, result, quick, tick, name)
             with part("samplers on bits", 2 if quick else 6) as tick:
                 asap_laws.samplers(engine, result, quick, tick)
         del engine

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -170,6 +172,24 @@ def records(engine: LLM) -> list[tuple[tuple[int, ...], dict[str, Any]]]:
     """Prompt and grammar of each of the lab's held-out requests for a record."""
     schemas = [{"json": record_schema(messages[-1]["content"])} for messages in lab.heldout_prompts("json")]
     return list(zip(prompts(engine, "json"), schemas, strict=True))
+
+
+SUMS = r"""
+root ::= (number " " [-+*] " " number " = " number ". ")+ "The answer is " number "."
+number ::= [0-9] | [1-9] [0-9]
+"""
+
+
+def products(engine: LLM) -> list[tuple[tuple[int, ...], dict[str, Any]]]:
+    """Prompt and grammar of the lab's held-out products of three digits, whose working shall have two at most."""
+    grammar = {"grammar": SUMS}
+    found = []
+    for messages, prompt in zip(lab.heldout_prompts("arithmetic"), prompts(engine, "arithmetic"), strict=True):
+        question = messages[-1]["content"]
+        factors = [int(number) for number in re.findall(r"[0-9]+", question)]
+        if re.search(r"[*]|Multiply|boxes", question) and math.prod(factors) > 99:
+            found.append((prompt, grammar))
+    return found
 
 
 def steady(answers: Sequence[Answer], lanes: int) -> tuple[list[Answer], float]:

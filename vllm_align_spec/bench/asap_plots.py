@@ -128,28 +128,29 @@ def _laws(result: Result, out: Path) -> None:
 
 
 def _records(result: Result, out: Path) -> None:
-    (gap_axis, cut_axis), save = axes(out, "asap_records", 2, "JSON records on the lab base")
-    found = result.samples["weights"]
+    (*gap_axes, cut_axis), save = axes(out, "asap_records", 3, "JSON records and arithmetic on the lab base")
     count = 8
-    for way, label in (("masking", "mask alone"), ("adaptive", "adaptive")):
-        columns: list[Figure] = []
-        for i in range(count):
-            part = slice(i * found["samples"] // count, (i + 1) * found["samples"] // count)
-            columns.append(
-                mean(
-                    [
-                        mean(values[part]).value + z
-                        for values, z in zip(found["minus_log_weight"][way], found["log_z"], strict=True)
-                        if values[part]
-                    ]
+    for axis, (name, found) in zip(gap_axes, result.samples["weights"].items(), strict=True):
+        for way, label in (("masking", "mask alone"), ("adaptive", "adaptive")):
+            columns: list[Figure] = []
+            for i in range(count):
+                part = slice(i * found["samples"] // count, (i + 1) * found["samples"] // count)
+                columns.append(
+                    mean(
+                        [
+                            mean(values[part]).value + z
+                            for values, z in zip(found["minus_log_weight"][way], found["log_z"], strict=True)
+                        ]
+                    )
                 )
-            )
-        _points(gap_axis, [(i + 0.5) * found["samples"] / count for i in range(count)], columns, label=label)
-    gap_axis.axhline(0, color="black", linewidth=0.8, label="the model's law given the grammar")
-    gap_axis.set(
-        xlabel="samples, in launch order", ylabel="mean[log q - log P] + log Z, nats", title="distance to the law"
-    )
-    gap_axis.legend(fontsize=7)
+            _points(axis, [(i + 0.5) * found["samples"] / count for i in range(count)], columns, label=label)
+        axis.axhline(0, color="black", linewidth=0.8, label="the model's law given the grammar")
+        axis.set(
+            xlabel="samples, in launch order",
+            ylabel="mean[log q - log P] + log Z, nats",
+            title=f"{name}, from their law",
+        )
+        axis.legend(fontsize=7)
     ways = ("masking", "adaptive", "exact")
     figures = [result.figures[f"truncated_{way}"] for way in ways]
     errors = [[f.value - f.low for f in figures], [f.high - f.value for f in figures]]

@@ -1,4 +1,5 @@
-"""Bench `asap` on the lab's JSON records: throughput, truncation, and how far samplers are from the model's own law."""
+"""Bench `asap` on the lab's JSON records (throughput, truncation), and how far samplers of records and of arithmetic
+are from the model's own law."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_align_spec.bench.asap_engine import Answer, Ask, drive, host_ms, records, steady
+from vllm_align_spec.bench.asap_engine import Answer, Ask, drive, host_ms, products, records, steady
+from vllm_align_spec.bench.asap_steps import exactly
 from vllm_align_spec.bench.measure import Result, mean, median, ratios
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ LANES = (1, 16, 64)
 TOKENS = 96
 SHORT_TOKENS = 48
 """A record takes 15 to 45 tokens."""
+PROMPTS = {True: 4, False: 8}
+"""Quick or not: prompts whose samples are weighed."""
+ATTEMPTS = 256
 
 
 def throughput(engine: LLM, result: Result, quick: bool, tick: Callable[[], None]) -> None:
@@ -121,46 +126,65 @@ def truncation(engine: LLM, result: Result, quick: bool, tick: Callable[[], None
         if way != "masking":
             result.figures[f"exhausted_{way}"] = mean(exhausted)
         tick()
-    result.figures["records_attempts_exact"] = mean([float(n) for n in found["exact"]["attempts"]])
+    result.figures["truncation_attempts_exact"] = mean([float(n) for n in found["exact"]["attempts"]])
     result.samples["truncation"] = {"max_tokens": SHORT_TOKENS, "prompts": count, "repeats": repeats, **found}
 
 
-def weights(engine: LLM, result: Result, quick: bool, tick: Callable[[], None]) -> None:
+def weights(engine: LLM, result: Result, quick: bool, tick: Callable[[], None], name: str) -> None:
     """mean[log q(w) - log P(w)] = KL(q || P given L) - log Z where the language cannot be enumerated; lower is better.
 
     A row's law is known as it is drawn, so log P(w) - log q(w) is the accepted attempt's log weight. Masking is
     `adaptive` on an empty trie of its own for each sample; both run on the same seeds and are compared seed by seed.
+    `exact` begins with a trie of its own, too.
+
+    Args:
+        engine: where it runs.
+        result: gets figures and samples.
+        quick: fewer prompts and samples.
+        tick: called after each prompt.
+        name: ``records`` or ``products``.
     """
-    count, number = (4, 32) if quick else (12, 96)
-    known = records(engine)[:count]
+    count, number = PROMPTS[quick], 32 if quick else 96
+    known = {"records": records, "products": products}[name](engine)[:count]
+    assert len(known) == count
     by_way: dict[str, list[list[float]]] = {"masking": [], "adaptive": []}
     log_z: list[float] = []
+    attempts: list[float] = []
+    accepted = 0
     half = number // 2
     for k, (prompt, grammar) in enumerate(known):
 
         def asks(mode: str, salts: Sequence[str], at: int = k, prompt: Any = prompt, grammar: Any = grammar) -> Any:
-            return [Ask(prompt, grammar, 10_000 * at + i, TOKENS, mode, salt) for i, salt in enumerate(salts)]
+            return [
+                Ask(prompt, grammar, 10_000 * at + i, TOKENS, mode, f"{name} {at} {salt}", ATTEMPTS)
+                for i, salt in enumerate(salts)
+            ]
 
-        fresh = [f"weights {k} fresh {i}" for i in range(number)]
-        _, masked = drive(engine, asks("adaptive", fresh), 16)
-        _, adaptive = drive(engine, asks("adaptive", [f"weights {k}"] * number), 16)
-        _, weighted = drive(engine, asks("weighted", [f"weights {k} z"] * (2 * number)), 16)
+        _, masked = drive(engine, asks("adaptive", [f"fresh {i}" for i in range(number)]), 16)
+        _, adaptive = drive(engine, asks("adaptive", ["adaptive"] * number), 16)
+        _, weighted = drive(engine, asks("weighted", ["z"] * (2 * number)), 16)
+        _, exact = drive(engine, asks("exact", ["exact"] * half), 16)
         for way, answers in (("masking", masked), ("adaptive", adaptive)):
-            # 64 attempts a sample: all have one.
+            # So many attempts a sample: all have one.
             by_way[way].append([-a.log_weight for a in answers if a.log_weight is not None])
             assert len(by_way[way][-1]) == number, "a choice ran out of attempts"
         v = [0.0 if a.log_weight is None else math.exp(a.log_weight) for a in weighted]
         log_z.append(math.log(statistics.fmean(v)))
+        attempts += [float(a.report["attempts"]) for a in exact]
+        accepted += sum(a.error is None for a in exact)
         tick()
     late = {way: [statistics.fmean(values[half:]) for values in by_way[way]] for way in by_way}
     for way, values in late.items():
-        result.figures[f"records_gap_{way}"] = mean([value + z for value, z in zip(values, log_z, strict=True)])
-    result.figures["records_gap_removed"] = mean(
+        result.figures[f"{name}_gap_{way}"] = mean([value + z for value, z in zip(values, log_z, strict=True)])
+    result.figures[f"{name}_gap_removed"] = mean(
         [masked - adapted for masked, adapted in zip(late["masking"], late["adaptive"], strict=True)]
     )
-    result.figures["records_mass"] = mean([math.exp(z) for z in log_z])
-    result.samples["weights"] = {
+    result.figures[f"{name}_mass"] = mean([math.exp(z) for z in log_z])
+    result.figures[f"{name}_attempts_exact"] = exactly(sum(attempts) / max(accepted, 1))
+    result.samples.setdefault("weights", {})[name] = {
         "minus_log_weight": by_way,
         "log_z": log_z,
         "samples": number,
+        "exact_attempts": attempts,
+        "exact_accepted": accepted,
     }
