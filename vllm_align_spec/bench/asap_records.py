@@ -21,7 +21,7 @@ LANES = (1, 16, 64)
 TOKENS = 96
 SHORT_TOKENS = 48
 """A record takes 15 to 45 tokens."""
-PROMPTS = {True: 4, False: 8}
+PROMPTS = {True: 4, False: 6}
 """Quick or not: prompts whose samples are weighed."""
 ATTEMPTS = 256
 
@@ -144,7 +144,7 @@ def weights(engine: LLM, result: Result, quick: bool, tick: Callable[[], None], 
         tick: called after each prompt.
         name: ``records`` or ``products``.
     """
-    count, number = PROMPTS[quick], 32 if quick else 96
+    count, number = PROMPTS[quick], 32 if quick else 64
     known = {"records": records, "products": products}[name](engine)[:count]
     assert len(known) == count
     by_way: dict[str, list[list[float]]] = {"masking": [], "adaptive": []}
