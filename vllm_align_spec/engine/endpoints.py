@@ -75,6 +75,9 @@ async def _report(request: Request, response_id: str) -> JSONResponse:
     """The report of one response, by the ``id`` in the client's JSON; see `vllm_align_spec.report`."""
     ours: frontend.Frontend | None = request.app.state.align_spec
     report = await ours.reports.find(response_id) if ours is not None else None
+    elsewhere = getattr(request.app.state, "align_spec_elsewhere", None)  # where there are replicas: cluster.serving
+    if report is None and elsewhere is not None:
+        report = await elsewhere(response_id)
     if report is not None:
         return JSONResponse(report)
     keeps = (
