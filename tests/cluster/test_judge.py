@@ -132,5 +132,5 @@ def test_arguments_that_it_does_not_know_are_named():
 
     from vllm_align_spec.cluster.judge import build
 
-    with pytest.raises(ValidationError, match="judge.devise"):
+    with pytest.raises(ValidationError, match=r"judge\.devise"):
         build({"judge": {**JUDGE, "devise": "cpu"}})

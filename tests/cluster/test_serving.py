@@ -33,7 +33,9 @@ CONFIG = {
             "model": str(lab.model_path("pilot")),
             "num_speculative_tokens": 5,
         },
-        "additional_config": {"align_spec": {"rewards": {"short": {"kind": "program", "program": "length", "parameters": {"target": 8}}}}},
+        "additional_config": {
+            "align_spec": {"rewards": {"short": {"kind": "program", "program": "length", "parameters": {"target": 8}}}}
+        },
     },
     "runtime_env": {
         "env_vars": {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

@@ -153,7 +153,8 @@ def test_weights_estimate_the_mass_of_the_language(start, table):
     assert 0.5 * np.abs(weighted - law.numpy()).sum() < 2 * quantile(law, int(v.sum() ** 2 / (v**2).sum()))
 
 
-@pytest.mark.parametrize("speculation", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("speculation", [False, True])
 def test_both_runners_draw_the_same_attempts(start, speculation):
     """The same seeds, launched together: every token and every weight.
 

@@ -141,6 +141,7 @@ def test_mixed_batches_leave_neighbours_as_an_engine_without_the_plugin_serves_t
             assert greedy("base", request["prompt"], got, 0, len(got)) > 0
 
 
+@SLOW_ON_V2
 def test_preempted_requests_keep_to_the_law(engines, runner):
     # So few blocks of 32 tokens cannot hold what the requests need together.
     blocks, count, length = (14, 6, 90) if runner == "v1" else (8, 4, 44)
@@ -153,7 +154,7 @@ def test_preempted_requests_keep_to_the_law(engines, runner):
     )
 
 
-@SLOW_ON_V2
+@pytest.mark.slow
 def test_chunked_prefill_and_a_neighbour_beyond_the_drafters_length(engines, runner):
     drafter = {"method": "draft_model", "num_speculative_tokens": DRAFTS, "max_model_len": 192}
     from vllm_align_spec import lab
@@ -170,7 +171,7 @@ def test_chunked_prefill_and_a_neighbour_beyond_the_drafters_length(engines, run
         assert outputs[0]["report"]["wsd"]["reason"] == "interrupted"
 
 
-@SLOW_ON_V2
+@pytest.mark.slow
 def test_asynchronous_scheduling_keeps_to_the_law(engines, runner):
     engine = engines(runner, async_scheduling=True)
     requests = [wsd(prompts()[0], UNREACHABLE | {"wsd_max_draft": 12}), wsd(prompts()[1], {}), {"prompt": prompts()[2]}]
@@ -190,7 +191,7 @@ def test_a_processor_that_raises_takes_nothing_down(engines, runner):
     check(engine, [wsd(prompts()[3], {})])
 
 
-@SLOW_ON_V2
+@pytest.mark.slow
 def test_with_the_target_as_its_own_pilot_any_gamma_gives_the_targets_answer(engines, runner):
     from vllm_align_spec import lab
 

@@ -250,7 +250,7 @@ class JudgeEndpoint:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         self.asked += 1
         fault = self.fault
-        time.sleep(6 if fault == "hang" else self.delay)
+        time.sleep(12 if fault == "hang" else self.delay)
         read = [body["messages"][-1]["content"]] if "messages" in body else body["input"]
         data = [{"index": i, "probs": [float(sum(map(ord, str(text))) % 7)]} for i, text in enumerate(read)]
         if fault == "nan":

@@ -87,6 +87,9 @@ def test_tokens_are_read_with_the_keyboard_and_the_mouse(page):
     playwright.expect(page.locator("#token")).to_contain_text("token 5 ·")
 
 
+SLOW = ("args", "dera", "bon", "deal")
+
+
 def test_a_refusal_is_shown_as_the_server_words_it(page):
     page.locator("#method").select_option("wsd")
     page.locator("#options [name=wsd_gamma]").evaluate("field => { field.removeAttribute('max'); field.value = '2'; }")
@@ -95,7 +98,7 @@ def test_a_refusal_is_shown_as_the_server_words_it(page):
     playwright.expect(page.locator("#aligned .told.wrong")).to_contain_text("wsd_gamma=2")
 
 
-@pytest.mark.parametrize("method", ["asap", "args", "dera", "bon", "deal"])
+@pytest.mark.parametrize("method", ["asap", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_every_kind_of_method_runs(page, method):
     if method == "asap":
         page.locator("#grammar").fill("[01]{6}")

@@ -31,7 +31,7 @@ ALLOWED = {
     "train": {"drafters"},
     "lab": {"options", "processors", "drafters", "train"},
 }
-USERS = {"cli", "calibrate", "doctor", "demo", "bench"}
+USERS = {"cli", "calibrate", "cluster", "doctor", "demo", "bench"}
 
 
 def files():

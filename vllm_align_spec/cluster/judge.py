@@ -67,7 +67,6 @@ def _answer(one: str | Sequence[int]) -> Answer:
     return Answer([], one, None, [], "", True) if isinstance(one, str) else Answer(one, "", None, [], "", True)
 
 
-@serve.deployment(name="judge", max_ongoing_requests=256)
 @serve.ingress(api)
 class Judge:
     """One replica: one copy of the model on a thread of its own.
@@ -76,7 +75,7 @@ class Judge:
         options: `ModelRewardOptions` as a mapping.
     """
 
-    async def __init__(self, options: Mapping[str, Any]) -> None:
+    async def __init__(self, options: Mapping[str, Any]) -> None:  # type: ignore[misc] # Ray Serve awaits it
         self._scorer = ModelScorer("judge", ModelRewardOptions.model_validate(options))
         await self._scorer.ready()
 
@@ -100,6 +99,6 @@ def build(args: dict[str, Any]) -> Application:
         pydantic.ValidationError: something in them is not accepted.
     """
     parsed = JudgeArgs.model_validate(args)
-    deployment = Judge.options(**parsed.deployment)
+    deployment = serve.deployment(Judge, **{"name": "judge", "max_ongoing_requests": 256, **parsed.deployment})
     application: Application = deployment.bind(parsed.judge.model_dump())
     return application

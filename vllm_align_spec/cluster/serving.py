@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -37,10 +38,13 @@ class ServingArgs(BaseModel):
 class AlignSpecServer(LLMServer):  # type: ignore[misc]
     """One replica."""
 
-    async def __init__(self, llm_config: LLMConfig, **kwargs: Any) -> None:
+    async def __init__(self, llm_config: LLMConfig, **kwargs: Any) -> None:  # type: ignore[misc] # Ray Serve awaits it
         from vllm.v1.metrics.ray_wrappers import RayCounterWrapper, RayGaugeWrapper, RayHistogramWrapper
 
-        collect_with(RayCounterWrapper, RayGaugeWrapper, RayHistogramWrapper)
+        def histogram(*args: Any, buckets: Sequence[float], **kwargs: Any) -> Any:
+            return RayHistogramWrapper(*args, buckets=[bound for bound in buckets if bound > 0], **kwargs)
+
+        collect_with(RayCounterWrapper, RayGaugeWrapper, histogram)
         await super().__init__(llm_config, **kwargs)
 
     async def __serve_build_asgi_app__(self) -> Any:
