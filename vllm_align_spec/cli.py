@@ -85,11 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.set_defaults(run=_calibrate)
 
     from vllm_align_spec import bench
+    from vllm_align_spec.cluster.cli import add_parsers as add_cluster_parsers
     from vllm_align_spec.lab.cli import add_parser
     from vllm_align_spec.train.cli import add_parser as add_train_parser
 
     add_parser(subparsers)
     add_train_parser(subparsers)
+    add_cluster_parsers(subparsers)
     bench.add_parser(subparsers)
     return parser
 

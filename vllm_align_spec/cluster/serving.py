@@ -66,6 +66,18 @@ class AlignSpecServer(LLMServer):  # type: ignore[misc]
         return next((report for report in found if report is not None), None)
 
 
+def checked(args: ServingArgs) -> LLMConfig:
+    """Ray's configuration, with engine options of ours that are right.
+
+    Raises:
+        pydantic.ValidationError: Ray does not accept it.
+        OptionError: we do not.
+    """
+    config = LLMConfig.model_validate(args.llm_config)
+    parse_engine(config.engine_kwargs.get("additional_config"))
+    return config
+
+
 def build(args: dict[str, Any]) -> Application:
     """The application of one model, for Ray Serve's ``import_path``.
 
@@ -76,8 +88,7 @@ def build(args: dict[str, Any]) -> Application:
         pydantic.ValidationError: something in them is not accepted.
         OptionError: an engine option of ours is not.
     """
-    config = LLMConfig.model_validate(ServingArgs.model_validate(args).llm_config)
-    parse_engine(config.engine_kwargs.get("additional_config"))
+    config = checked(ServingArgs.model_validate(args))
     environment = dict(config.runtime_env or {})
     given = environment.get("env_vars", {})
     needed = server_environment({**os.environ, **given})
