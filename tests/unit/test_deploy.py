@@ -21,12 +21,12 @@ import yaml
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 CHART = DEPLOY / "helm" / "vllm-align-spec"
-PACKAGES = ("helm-python-sdk==0.2.2", "kubernetes-validate==1.37.0")
+PACKAGES = ("helm-python-sdk==0.2.2", "kubernetes-validate==1.37.0", "importlib-resources==6.5.2")
 VALUES = {
     "model": "some/model",
     "replicas": 2,
     "speculative": {"method": "draft_model", "model": "some/pilot", "num_speculative_tokens": 5},
-    "alignSpec": {"rewards": {"it's": {"kind": "http", "url": "http://judge:8000"}}},
+    "alignSpec": {"rewards": {"judge": {"kind": "http", "url": "http://judge:8000/it's"}}},
     "extraArgs": ["--max-model-len=4096"],
     "apiKeySecret": "keys",
     "hubTokenSecret": "hub",
@@ -118,7 +118,7 @@ def test_the_charts_arguments_are_ones_that_vllm_and_we_understand(packages):
 
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
     assert AsyncEngineArgs.from_cli_args(parsed).speculative_config == VALUES["speculative"]
-    assert set(parse_engine(parsed.additional_config).rewards) == {"it's"}
+    assert parse_engine(parsed.additional_config).rewards["judge"].url.endswith("it's")
     assert parsed.shutdown_timeout == 600
 
 
