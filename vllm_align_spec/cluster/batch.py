@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import atexit
 import json
+import math
 import os
 import random
 import signal
@@ -197,16 +198,22 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def answers(lines: Sequence[Line], parsed: argparse.Namespace) -> Iterator[Line]:
     """Asks all lines, in whatever order they are answered."""
+    import pyarrow
     import ray
 
-    ray.init(address=parsed.address, log_to_driver=parsed.verbose, include_dashboard=False)
+    # What is started here for this run has the CPUs that the servers are said to need, however many that is.
+    own = {"num_cpus": max(os.cpu_count() or 1, math.ceil(parsed.servers * parsed.cpus))} if not parsed.address else {}
+    ray.init(address=parsed.address, log_to_driver=parsed.verbose, include_dashboard=False, **own)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts requests, Ray's would count blocks
-    data = ray.data.from_items([{"line": json.dumps(line)} for line in lines])
-    blocks = max(parsed.servers, -(-len(lines) // (4 * parsed.in_flight)))
-    asked = data.repartition(blocks).map_batches(
+    texts = [json.dumps(line) for line in lines]
+    # Some blocks for each server, so that none is left with all that is slow. They stand in memory already: nothing
+    # but the servers needs a CPU of Ray's.
+    size = min(4 * parsed.in_flight, math.ceil(len(texts) / parsed.servers))
+    blocks = [pyarrow.table({"line": texts[i : i + size]}) for i in range(0, len(texts), size)]
+    asked = ray.data.from_arrow(blocks).map_batches(
         Asker,
-        batch_size=4 * parsed.in_flight,
+        batch_size=None,
         concurrency=parsed.servers,
         num_cpus=parsed.cpus,
         num_gpus=parsed.gpus or None,
