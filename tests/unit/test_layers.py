@@ -28,7 +28,7 @@ ALLOWED = {
     },
     "plugin": {"options", "patches", "drafters"},
     "drafters": set(),
-    "train": {"drafters"},
+    "train": {"drafters", "cluster"},  # cluster: only its command line, on demand
     "lab": {"options", "processors", "drafters", "train"},
 }
 USERS = {"cli", "calibrate", "cluster", "doctor", "demo", "bench"}

@@ -317,7 +317,8 @@ def test_accumulated_batches_are_one_batch(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_workers_are_one(trained, tmp_path):
+@pytest.mark.parametrize("engine", ["torchrun", "ray"])
+def test_two_workers_are_one(trained, tmp_path, engine):
     options = {"max_steps": 2, "noise": 0.0}
     train(config(trained, tmp_path / "one", batch_size=8, **options), console=_silent())
     given = json.loads(config(trained, tmp_path / "two", batch_size=4, **options).model_dump_json(exclude_none=True))
@@ -327,11 +328,37 @@ def test_two_workers_are_one(trained, tmp_path):
         if v is not False
         for x in ([f"--{k.replace('_', '-')}", *(map(str, v) if isinstance(v, list) else [str(v)])])
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29561"]
+    if engine == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29561"]
+    else:
+        command = [sys.executable]
+        flags += ["--ray-workers", "2"]
     done = subprocess.run(
-        [*command, "-m", "vllm_align_spec.cli", "train", "fspad", *flags], capture_output=True, text=True
+        [*command, "-m", "vllm_align_spec.cli", "train", "fspad", *flags], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    if engine == "ray":
+        assert "2 steps in 2 workers" in done.stdout
+        flags[flags.index("--learning-rate") + 1] = "1e9"
+        flags[flags.index("--out") + 1] = str(tmp_path / "three")
+        flags[flags.index("--max-steps") + 1] = "100"
+        again = subprocess.run(
+            [*command, "-m", "vllm_align_spec.cli", "train", "fspad", *flags, "--epochs", "99"],
+            capture_output=True,
+            text=True,
+        )
+        assert again.returncode == 1
+        assert "vllm-align-spec: " in again.stderr
+        assert "loss" in again.stderr.splitlines()[-1]
+    losses = {
+        name: [
+            record["loss"]
+            for record in map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
+            if "loss" in record
+        ]
+        for name in ("one", "two")
+    }
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
     assert_same(weights(tmp_path / "one"), weights(tmp_path / "two"), atol=2e-5)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vllm_align_spec.train.config import TrainConfig
+
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
@@ -43,6 +45,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
                 metavar=name.upper(),
                 help=told,
             )
+    parser.add_argument("--ray-workers", type=int, default=0, metavar="N", help="train in N workers of Ray Train")
+    parser.add_argument("--ray-gpus", type=float, default=0, metavar="N", help="GPUs of each of them (default: 0)")
+    parser.add_argument("--ray-address", metavar="ADDRESS", help="a Ray cluster (default: one that is started here)")
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -67,7 +72,7 @@ def _fspad(parsed: argparse.Namespace) -> int:
 
     from vllm_align_spec.train.config import TrainConfig
 
-    given = {key: value for key, value in vars(parsed).items() if key not in ("run",)}
+    given = {key: value for key, value in vars(parsed).items() if key in TrainConfig.model_fields}
     try:
         config = TrainConfig.model_validate(given)
     except ValidationError as error:
@@ -75,6 +80,8 @@ def _fspad(parsed: argparse.Namespace) -> int:
             option = "--" + str(item["loc"][0]).replace("_", "-")
             print(f"vllm-align-spec: {option} {item['input']!r} is not accepted: {item['msg']}", file=sys.stderr)
         return 2
+    if parsed.ray_workers:
+        return _on_ray(config, parsed)
     from vllm_align_spec.train.loop import DivergedError, train
 
     try:
@@ -89,6 +96,21 @@ def _fspad(parsed: argparse.Namespace) -> int:
             f"step {result.state.best_step}; last: {result.acceptance.tokens_per_forward:.2f}, accepted by position "
             f"{shares}; {config.out}"
         )
+    return 0
+
+
+def _on_ray(config: TrainConfig, parsed: argparse.Namespace) -> int:
+    from vllm_align_spec.cluster.train import TrainingError, train
+
+    try:
+        found = train(config, workers=parsed.ray_workers, gpus=parsed.ray_gpus, address=parsed.ray_address)
+    except (TrainingError, OSError) as error:
+        print(f"vllm-align-spec: {error}", file=sys.stderr)
+        return 1
+    print(
+        f"{found['steps']} steps in {parsed.ray_workers} workers; best: {found['best']:.2f} tokens per forward at step "
+        f"{found['best_step']}; {config.out}"
+    )
     return 0
 
 
