@@ -16,6 +16,7 @@ BENCHES = {
     "fspad": "acceptance and speed of FSPAD's drafter and its relatives",
     "asap": "cost, exactness and use of grammar-aligned sampling",
     "args": "speed and effect of reward-guided search",
+    "load": "ordinary requests beside heavy traffic of methods",
 }
 
 

@@ -15,7 +15,7 @@ from vllm_align_spec.train.config import TrainConfig
 
 RETRIES = 3
 RESULT = "ray.json"
-"""In ``config.out``: what the last run did, or why it failed. Ray keeps only what comes with a checkpoint of its own."""
+"""In ``config.out``: what the last run did, or why it failed. Ray keeps only what comes with a checkpoint."""
 
 
 class TrainingError(RuntimeError):
