@@ -17,7 +17,7 @@ ARGS ?=
 # An engine is several processes, and without bytecode on disk each of them would compile vLLM and torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-slow bench lint format lab lock clean
+.PHONY: help setup demo test test-slow bench lint format docs lab lock clean
 
 help:
 	@echo 'make setup      .venv with everything pinned (the other targets do it too)'
@@ -25,6 +25,7 @@ help:
 	@echo 'make test       all tests but the slow ones; make test-slow: those'
 	@echo 'make bench      the figures, into out/bench (ARGS=--quick: a few minutes)'
 	@echo 'make lint       ruff and mypy; make format: let ruff change the code'
+	@echo 'make docs       the documentation site, into out/site'
 	@echo 'make lab        train the lab models anew (about 40 minutes)'
 	@echo 'make lock       pin requirements/cpu.in anew'
 
@@ -70,6 +71,9 @@ lint: setup
 format: setup
 	$(RUN)/ruff format .
 	$(RUN)/ruff check --fix .
+
+docs: setup
+	$(RUN)/mkdocs build --strict
 
 lab: setup
 	$(RUN)/vllm-align-spec lab build $(ARGS)
