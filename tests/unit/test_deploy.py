@@ -106,7 +106,7 @@ def test_the_chart_renders_to_objects_that_kubernetes_accepts(packages):
 
 
 def test_the_charts_arguments_are_ones_that_vllm_and_we_understand(packages):
-    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from vllm_align_spec.options import parse_engine
@@ -114,10 +114,8 @@ def test_the_charts_arguments_are_ones_that_vllm_and_we_understand(packages):
     found = {one["kind"]: one for one in objects(render(packages, VALUES)["files"])}
     arguments = found["Deployment"]["spec"]["template"]["spec"]["containers"][0]["args"]
     assert arguments[0] == "some/model"
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
-    assert AsyncEngineArgs.from_cli_args(parsed).speculative_config == VALUES["speculative"]
+    assert parsed.speculative_config == VALUES["speculative"]
     assert parse_engine(parsed.additional_config).rewards["judge"].url.endswith("it's")
     assert parsed.shutdown_timeout == 600
 

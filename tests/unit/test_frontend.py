@@ -23,6 +23,7 @@ from vllm_align_spec.strategies.base import Chunk, EngineFacts, PilotError, Requ
 from vllm_align_spec.strategies.wsd import WsdStrategy
 
 ANSWER = list(range(300, 330))
+LORA = SimpleNamespace(lora_name="lora", lora_int_id=1, lora_path="somewhere", load_inplace=True)
 PROMPT = [1, 50, 60, 70]
 SHARED = {"wsd": "shared", "wsd_gamma": 0.5}
 PILOT = {"wsd": {"pilot": {"url": "http://127.0.0.1:9/v1", "model": "pilot"}}}
@@ -234,7 +235,7 @@ REFUSED = [
     ({}, {}, {"prompt": {"type": "multimodal", "prompt_token_ids": PROMPT}}, "type 'multimodal'"),
     ({}, {}, {"prompt": {"prompt_embeds": None}}, "type dict"),
     ({}, {}, {"prompt": original(None, None, None, None)}, "type async_generator"),
-    ({}, {}, {"kwargs": {"lora_request": SimpleNamespace(lora_name="lora")}}, "lora_request='lora'"),
+    ({}, {}, {"kwargs": {"lora_request": LORA}}, "lora_request='lora'"),
     ({}, {}, {"thinking_token_budget": 5}, "thinking_token_budget=5"),
     ({}, {}, {"repetition_penalty": 1.2}, "send repetition_penalty=1.0 (the model's generation_config"),
     ({}, {}, {"stop_token_ids": list(range(71, 141))}, "72 stop token ids"),

@@ -28,6 +28,8 @@ from vllm_align_spec.bench.server import SERVED_NAME, Server
 CONCURRENCY = 8
 """Of the measured requests, and of their neighbours together."""
 TOKENS = 48
+NEIGHBOURS = 3000
+"""Requests that a neighbour has in store, more than it can ask meanwhile; its client prepares them all first."""
 DRAFTS = 5
 SETTINGS = ("stock", "alone", "beside plain", "beside methods")
 START_TIMEOUT_S = 300.0
@@ -160,7 +162,7 @@ def _neighbours(server: Server, setting: str, prompts: Mapping[str, Path], folde
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for seed, (name, (kind, concurrency, extra)) in enumerate(traffic.items(), 100):
-            command = _client(server, prompts[kind], 100_000, concurrency, extra, seed, folder / f"{name}.json")
+            command = _client(server, prompts[kind], NEIGHBOURS, concurrency, extra, seed, folder / f"{name}.json")
             with (folder / f"{name}.log").open("wb") as log:
                 processes.append(
                     subprocess.Popen(command, stdout=log, stderr=log, env=_environment(), start_new_session=True)
