@@ -67,8 +67,8 @@ def _serve(parsed: argparse.Namespace) -> int:
     import ray
     from ray.serve import scripts
 
-    ray.init(address=parsed.address, num_cpus=parsed.num_cpus, namespace="serve", include_dashboard=None)
-    scripts.cli.main([*("run", str(parsed.config))], standalone_mode=False)
+    ray.init(address=parsed.address, num_cpus=parsed.num_cpus, namespace="serve")
+    scripts.cli.main(["run", str(parsed.config)], standalone_mode=False)
     return 0
 
 
