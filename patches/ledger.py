@@ -18,7 +18,7 @@ from vllm_align_spec.patches import (
     v2_grammar_mask,
     v2_inputs,
     v2_truncation,
-    worker_reports,
+    worker_calls,
     worker_shutdown,
 )
 
@@ -26,7 +26,7 @@ LEDGER: tuple[Patch, ...] = (
     front_end.PATCH,
     chat_messages.PATCH,
     grammar_control.PATCH,
-    worker_reports.PATCH,
+    worker_calls.PATCH,
     worker_shutdown.PATCH,
     v1_facade.PATCH,
     v1_grammar_mask.PATCH,

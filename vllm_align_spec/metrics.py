@@ -78,6 +78,12 @@ class Metrics:
         self.asap_evictions = gauge(
             "align_spec:asap_evictions", "Tries evicted since the worker started.", multiprocess_mode="mostrecent"
         )
+        self.asap_shared_bytes = counter(
+            "align_spec:asap_shared_bytes", "Of tries exchanged with other replicas: sent, received.", ("direction",)
+        )
+        self.asap_share_failures = counter(
+            "align_spec:asap_share_failures", "Exchanges with other replicas that failed; this one went on alone."
+        )
         self.guided_rows = counter(
             "align_spec:guided_rows", "Rows of logits that a companion bent, drafts included.", ("method",)
         )
@@ -140,6 +146,8 @@ class Metrics:
         for mode in ("adaptive", "exact", "weighted"):
             self.asap_attempts.labels(mode)
             self.asap_failed.labels(mode)
+        for direction in ("sent", "received"):
+            self.asap_shared_bytes.labels(direction)
         for method in ("args", "dera", "pad", "genarm"):
             self.guided_rows.labels(method)
             self.guided_unanswered.labels(method)

@@ -63,6 +63,19 @@ class WsdEngineOptions(_Tree):
     pilot: PilotOptions | None = Field(None, description="The pilot of `wsd=handover`; `shared` needs none.")
 
 
+class AsapShareOptions(_Tree):
+    """Tries that replicas of one model have in common, through actors of a Ray cluster."""
+
+    address: str | None = Field(
+        None,
+        pattern="^ray://",
+        description="Of the cluster, where the server is no part of one: `ray://HOST:10001`. Ray Serve's replicas are.",
+    )
+    interval_s: float = Field(1.0, ge=0.05, le=3600, description="Time between two exchanges of what is new.")
+    shards: int = Field(1, ge=1, le=64, description="Actors among which the tries are divided.")
+    max_bytes: int = Field(2**30, ge=2**16, le=2**40, description="Most memory of one actor's tries, in bytes.")
+
+
 class AsapEngineOptions(_Tree):
     """Engine options of grammar-aligned sampling."""
 
@@ -77,6 +90,7 @@ class AsapEngineOptions(_Tree):
         None, description="Folder in which tries are kept from one start of the engine to the next; none by default."
     )
     save_interval_s: float = Field(60.0, ge=0, description="Shortest time between two savings while requests come.")
+    share: AsapShareOptions | None = Field(None, description="Share tries with other replicas; `{}` for the defaults.")
 
 
 class CompanionOptions(_Tree):

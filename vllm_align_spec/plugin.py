@@ -12,7 +12,7 @@ HOOKS = {
     "front_end": "vllm_align_spec.engine.frontend:generate",
     "chat_messages": "vllm_align_spec.engine.frontend:attach_messages",
     "grammar_control": "vllm_align_spec.engine.control:without",
-    "worker_reports": "vllm_align_spec.engine.facade:reports",
+    "worker_calls": "vllm_align_spec.engine.facade:call",
     "worker_shutdown": "vllm_align_spec.engine.facade:closing",
     "drafter_fits": "vllm_align_spec.drafters.config:refuse_misfit",
     "v1_facade": "vllm_align_spec.engine.facade:AlignSpecLogitsProcessor",

@@ -17,6 +17,8 @@ pytestmark = pytest.mark.slow
 
 MESSAGES = [{"role": "user", "content": "How do I repair a bicycle with 20 euros?"}]
 WSD = {"wsd": "shared", "wsd_gamma": 1.0, "wsd_max_draft": 8}
+INTERVAL_S = 0.2
+"""Between two exchanges of tries."""
 CONFIG = {
     "model_loading_config": {"model_id": "base", "model_source": str(lab.model_path("base"))},
     "accelerator_config": {"kind": "cpu"},
@@ -34,7 +36,10 @@ CONFIG = {
             "num_speculative_tokens": 5,
         },
         "additional_config": {
-            "align_spec": {"rewards": {"short": {"kind": "program", "program": "length", "parameters": {"target": 8}}}}
+            "align_spec": {
+                "rewards": {"short": {"kind": "program", "program": "length", "parameters": {"target": 8}}},
+                "asap": {"share": {"interval_s": INTERVAL_S}},
+            }
         },
     },
     "runtime_env": {
@@ -57,6 +62,7 @@ def cluster():
 
     from vllm_align_spec.cluster.serving import build
 
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # a busy machine
     port, metrics_port = free_port(), free_port()
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, _metrics_export_port=metrics_port)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -121,6 +127,81 @@ def test_metrics_of_all_replicas_are_rays(cluster, client):
             return
         assert time.monotonic() < until, text[:3000]
         time.sleep(2)
+
+
+def test_replicas_learn_from_each_others_samples(cluster, client):
+    def samples(count, salt, at_once=8):
+        def one(i):
+            response = ask_grammar(client, salt, seed=i)
+            return httpx.get(f"{cluster[0]}/v1/align_spec/reports/{response.id}").json()["choices"][0]
+
+        with ThreadPoolExecutor(at_once) as pool:
+            return list(pool.map(one, range(count)))
+
+    known = [report["log_mass_at_root"] for report in samples(48, "first")]
+    exchanged()
+    nodes = shard_nodes()
+    assert nodes > 20
+    # Whoever answers, it has what both have seen, and its bound is no higher than the lower of both.
+    after = samples(8, "first")
+    assert all(report["store"]["nodes"] >= nodes for report in after)
+    masses = [report["log_mass_at_root"] for report in after]
+    assert max(masses) <= min(known) + 1e-6, (masses, known)
+    alone = samples(1, "second")[0]["log_mass_at_root"]
+    assert max(masses) < alone - 0.5, (masses, alone)
+
+    # The shard dies under load: nobody notices, and a new one comes to know what the old one knew.
+    exchanged()
+    nodes = shard_nodes()
+    with ThreadPoolExecutor(1) as pool:
+        under_load = pool.submit(samples, 32, "first")
+        for one in shards():
+            import ray
+
+            ray.kill(one, no_restart=False)
+        assert all(report["outcome"] == "completed" for report in under_load.result())
+    until = time.monotonic() + 60
+    while shard_nodes() < nodes:
+        assert time.monotonic() < until, (shard_nodes(), nodes)
+        time.sleep(0.5)
+
+
+def ask_grammar(client, salt, seed):
+    return client.chat.completions.create(
+        model="base",
+        messages=MESSAGES,
+        temperature=1.0,
+        max_tokens=24,
+        seed=seed,
+        extra_body={
+            "vllm_xargs": {"asap": "adaptive"},
+            "cache_salt": salt,
+            "structured_outputs": {"regex": "[01]{5}"},
+        },
+    )
+
+
+def shards():
+    import ray
+    from ray.util import list_named_actors
+
+    found = [one for one in list_named_actors(all_namespaces=True) if one["name"].startswith("tries ")]
+    assert len(found) == 1, found
+    return [ray.get_actor(one["name"], one["namespace"]) for one in found]
+
+
+def shard_nodes():
+    import ray
+
+    try:
+        return sum(ray.get(one.size.remote(), timeout=30)[0] for one in shards())
+    except ray.exceptions.RayError:  # between two lives
+        return 0
+
+
+def exchanged():
+    """Long enough for two rounds: what comes is taken in with the next one."""
+    time.sleep(1 + 6 * INTERVAL_S)
 
 
 def test_mistakes_are_named_before_anything_starts():

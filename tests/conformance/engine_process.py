@@ -79,7 +79,7 @@ def main() -> None:
     for line in sys.stdin:
         command = json.loads(line)
         if "reports" in command:
-            (answer,) = llm.collective_rpc("align_spec_reports", args=(command["reports"],))
+            (answer,) = llm.collective_rpc("align_spec_call", args=("reports", command["reports"]))
         elif "save_drafts" in command:
             from safetensors.torch import save_file
 

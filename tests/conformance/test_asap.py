@@ -100,7 +100,7 @@ def quantile(law, size, q=0.999):
 
 def test_every_patch_of_the_runner_is_in_force(start, runner):
     applied = start(runner).patches()
-    needed = {"grammar_control", "worker_reports", "worker_shutdown"}
+    needed = {"grammar_control", "worker_calls", "worker_shutdown"}
     needed |= {"v1": {"v1_grammar_mask"}, "v2": {"v2_grammar_mask", "v2_inputs"}}[runner]
     assert {name for name in needed if applied.get(name) == "applied"} == needed
 

@@ -46,14 +46,14 @@ def test_every_patch_of_the_runner_is_in_force(engine, runner):
     applied = engine.patches()
     needed = {
         "v1": {
-            "worker_reports",
+            "worker_calls",
             "v1_facade",
             "v1_rows",
             "v1_drafter_fits",
             "v1_draft_rows",
             "v1_truncation",
         },
-        "v2": {"worker_reports", "v2_truncation"},
+        "v2": {"worker_calls", "v2_truncation"},
     }[runner]
     assert {name for name in needed if applied.get(name) == "applied"} == needed
 

@@ -25,6 +25,7 @@ ALLOWED = {
     "engine": {
         *("options", "report", "metrics", "processors", "companion"),
         *("rewards", "strategies", "registry", "patches"),
+        "cluster",  # only the exchange of tries, on demand
     },
     "plugin": {"options", "patches", "drafters"},
     "drafters": set(),

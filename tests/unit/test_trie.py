@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from vllm_align_spec.processors import loops
+from vllm_align_spec.processors import loops, trie_file
 from vllm_align_spec.processors import trie as trie_module
-from vllm_align_spec.processors.trie import BYTES_PER_NODE, TrieFileError, Tries, warm_up
+from vllm_align_spec.processors.trie import BYTES_PER_NODE, Tries, warm_up
+from vllm_align_spec.processors.trie_file import TrieFileError
 
 INF = math.inf
 LN_FLOOR = math.log(1e-12)
@@ -602,7 +603,7 @@ def rewrite(path, changes):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for name, change in changes.items():
         tensors[name] = change(tensors[name].copy())
-    metadata["sha256"] = trie_module._checksum(tensors)
+    metadata["sha256"] = trie_file.checksum(tensors)
     save_file(tensors, path, metadata)
 
 
@@ -664,15 +665,208 @@ def test_tokens_outside_the_vocabulary_are_refused(saved):
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, saved, monkeypatch):
     before = saved.read_bytes()
 
-    def fail(tensors, filename, metadata):
-        Path(filename).write_bytes(b"half")
+    def fail(path, data):
+        path.open("wb").write(data[:100])
         raise OSError("disk full")
 
-    monkeypatch.setattr(trie_module, "save_file", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
         two_tries().save(saved, HEADER)
     assert saved.read_bytes() == before
     assert os.listdir(tmp_path) == [saved.name]
+
+
+def exact(world, prefixes):
+    """log c~ of each prefix, when just these were visited."""
+    found = {}
+    for prefix in sorted(prefixes, key=len, reverse=True):
+        visited = {u[-1] for u in prefixes if len(u) == len(prefix) + 1 and u[:-1] == prefix}
+        below = [world.log_p(prefix)[a] + found[(*prefix, a)] for a in visited]
+        found[prefix] = lse([world.unvisited(prefix, visited), *below])
+    return found
+
+
+def agree(found, expected):
+    """What is left of a mass is known to 1e-12 of it, so masses agree, and not their logarithms."""
+    assert found.keys() == expected.keys()
+    for prefix, log_c in expected.items():
+        assert math.exp(found[prefix][2]) == pytest.approx(math.exp(log_c), abs=1e-9)
+
+
+def replica(world, rng, steps=8):
+    tries = Tries(1000 * BYTES_PER_NODE, shared=True)
+    for _ in range(steps):
+        learn(tries, world, rng)
+    return tries
+
+
+def learn(tries, world, rng):
+    trie = tries.open(b"one")
+    visit(tries, world, [(trie, random_path(rng, world, contents(tries, trie))) for _ in range(2)])
+
+
+def of(tries):
+    return contents(tries, tries.open(b"one"))
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=40, deadline=None)
+def test_tries_merge_into_the_trie_of_all_their_samples_in_any_order_and_however_often(seed):
+    rng, world = random.Random(seed), World(seed)
+    replicas = [replica(world, rng) for _ in range(3)]
+    known = [of(one) for one in replicas]
+    news = [one.news(0, HEADER)[0] for one in replicas]
+    union = exact(world, set().union(*known))
+    for order in ((0, 1, 2), (2, 0, 1), (1, 1, 2, 0, 2)):
+        merged = Tries(1000 * BYTES_PER_NODE, shared=True)
+        for i in order:
+            before = of(merged)
+            merged.merge(news[i], HEADER, world.vocab, foreign=False)
+            after = of(merged)
+            assert all(after[prefix][2] <= node[2] for prefix, node in before.items())
+        agree(of(merged), union)
+        assert merged.merge(news[order[0]], HEADER, foreign=False) == 0
+        assert of(merged) == after
+        # Grouped differently: what was merged is merged on.
+        onto = replicas[0]
+        onto.merge(merged.news(0, HEADER)[0], HEADER, foreign=True)
+        agree(of(onto), union)
+    assert all(of(onto)[prefix][2] <= node[2] for prefix, node in known[0].items())
+    # Rows of the merged trie are seen like any others.
+    learn(onto, world, rng)
+    for prefix, (_, _, log_c) in of(onto).items():
+        assert log_c >= world.log_c(prefix) - ROUNDING
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=20, deadline=None)
+def test_replicas_that_exchange_news_with_shards_all_come_to_know_what_any_saw(seed):
+    from vllm_align_spec.cluster.tries import Shard
+
+    rng, world = random.Random(seed), World(seed, length=5)
+    shards = [Shard(HEADER, 1000 * BYTES_PER_NODE) for _ in range(2)]
+    replicas = [replica(world, rng, steps=2) for _ in range(2)]
+    ours = [[0, 0] for _ in replicas]
+    theirs = [[("", 0), ("", 0)] for _ in replicas]
+    bytes_of_rounds = []
+
+    def exchange():
+        size = 0
+        for r in rng.sample(range(2), 2):
+            pieces = [replicas[r].news(since, HEADER, 2)[shard] for shard, since in enumerate(ours[r])]
+            now = replicas[r].next_epoch()
+            for shard, piece in enumerate(pieces):
+                found, life, since = shards[shard].exchange(piece, *theirs[r][shard])
+                if found:
+                    replicas[r].merge(found, HEADER, foreign=True)
+                again = ours[r][shard] > 0 and life != theirs[r][shard][0]
+                ours[r][shard], theirs[r][shard] = 0 if again else now, (life, since)
+                size += len(piece) + len(found)
+        bytes_of_rounds.append(size)
+
+    seen = set()
+    for turn in range(6):
+        for one in replicas:
+            for key in (b"one", b"two"):  # the keys' first bytes differ, but not in the shard
+                trie = one.open(key)
+                visit(one, world, [(trie, random_path(rng, world, contents(one, trie)))])
+            learn(one, world, rng)
+            seen |= set(of(one))
+        if turn == 3:  # a shard that dies and begins anew is filled by the replicas
+            shards = [Shard(HEADER, 1000 * BYTES_PER_NODE) for _ in range(2)]
+        exchange()
+    for _ in range(3):
+        exchange()
+    for one in replicas:
+        agree(of(one), exact(world, seen))
+    assert bytes_of_rounds[-1] == 0  # nothing is sent twice
+
+
+def test_news_are_what_was_made_since_and_what_leads_there():
+    tries = Tries(100 * BYTES_PER_NODE, shared=True)
+    a, b = tries.open(b"a"), tries.open(b"b")
+    half = math.log(0.5)
+    sample(tries, a, [1, 2], [half, half], [0.0, 0.0, half])
+    (first,) = tries.news(0, HEADER)
+    since = tries.next_epoch()
+    assert tries.news(since, HEADER) == [b""]
+    sample(tries, b, [5], [half], [0.0, 0.0])
+    node = find(tries, a, (1,))
+    tries.record([a], [-1], [-1], [node], [7], [half], [half])
+    (second,) = tries.news(since, HEADER)
+    other = Tries(100 * BYTES_PER_NODE, shared=True)
+    assert other.merge(second, HEADER, foreign=True) == 5
+    assert set(contents(other, other.open(b"a"))) == {(), (1,), (1, 7)}
+    assert other.merge(first, HEADER, foreign=True) == 1
+    assert other.merge(second, HEADER, foreign=True) == 0
+    for key in (b"a", b"b"):
+        found, expected = contents(other, other.open(key)), contents(tries, tries.open(key))
+        agree(found, {prefix: node[2] for prefix, node in expected.items()})
+    # What came from elsewhere is told only to those who know nothing.
+    assert other.news(other.next_epoch(), HEADER) == other.news(1, HEADER) == [b""]
+    assert Tries(100 * BYTES_PER_NODE).merge(other.news(0, HEADER)[0], HEADER, foreign=True) == 6
+    # A trie that was evicted is no news.
+    small = Tries(3 * BYTES_PER_NODE, shared=True)
+    filled(small, b"a", 2)
+    filled(small, b"b", 3)
+    (news,) = small.news(0, HEADER)
+    assert Tries(100 * BYTES_PER_NODE).merge(news, HEADER, foreign=True) == 3
+
+
+def test_shards_divide_the_keys():
+    tries = Tries(100 * BYTES_PER_NODE, shared=True)
+    for key in (b"\x00", b"\x01", b"\x02", b"\x04"):
+        filled(tries, key, 3)
+    pieces = tries.news(0, HEADER, 3)
+    stores = [Tries(100 * BYTES_PER_NODE) for _ in pieces]
+    for store, piece, nodes in zip(stores, pieces, (3, 6, 3), strict=True):
+        assert store.merge(piece, HEADER, foreign=True) == nodes
+    assert [sorted(store._by_key) for store in stores] == [[b"\x00"], [b"\x01", b"\x04"], [b"\x02"]]
+    expected = {prefix: node[2] for prefix, node in contents(tries, tries.open(b"\x04")).items()}
+    agree(contents(stores[1], stores[1].open(b"\x04")), expected)
+    assert tries.news(0, HEADER, 5)[3] == b""
+
+
+def test_what_comes_from_elsewhere_takes_free_room_only_and_goes_first(monkeypatch):
+    source = Tries(100 * BYTES_PER_NODE, shared=True)
+    for key in (b"x", b"y"):
+        filled(source, key, 4)
+    (news,) = source.news(0, HEADER)
+    tries = Tries(10 * BYTES_PER_NODE)
+    mine = filled(tries, b"mine", 5)
+    assert tries.merge(news, HEADER, foreign=True) == 5  # all of one and the beginning of another
+    assert (tries.nodes(mine), tries.evictions) == (5, 0)
+    assert len(contents(tries, tries._by_key[b"x"])) == 4
+    assert len(contents(tries, tries._by_key[b"y"])) == 1
+    filled(tries, b"new", 5)
+    assert (tries.nodes(mine), tries.evictions) == (5, 2)
+    monkeypatch.setattr(trie_module, "MAX_TRIES", 1)
+    full = Tries(100 * BYTES_PER_NODE)
+    full.open(b"mine")
+    assert full.merge(news, HEADER, foreign=True) == 0
+    # A shard, on the other hand, keeps what was used last.
+    assert Tries(4 * BYTES_PER_NODE, shared=True).merge(news, HEADER, foreign=False) == 4
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_news_that_are_damaged_or_of_another_model_change_nothing(foreign):
+    source = Tries(100 * BYTES_PER_NODE, shared=True)
+    filled(source, b"x", 4)
+    (news,) = source.news(0, HEADER)
+    tries = two_tries()
+    before = tries._nodes.copy(), tries._tries.copy(), tries._state.copy(), dict(tries._by_key)
+    for wrong, header, vocab, message in (
+        (news, {**HEADER, "model": "other"}, 9, "model is 'base'"),
+        (news, HEADER, 0, "vocabulary"),
+        (news[:-1] + b"\xff", HEADER, 9, "sha256"),
+        (b"", HEADER, 9, "not a safetensors file"),
+        (trie_file.pack(trie_file.FILE, tries._packed(), HEADER), HEADER, 9, "format is"),
+    ):
+        with pytest.raises(TrieFileError, match=message):
+            tries.merge(wrong, header, vocab, foreign=foreign)
+    after = tries._nodes, tries._tries, tries._state
+    assert all(np.array_equal(x, y) for x, y in zip(before[:3], after, strict=True))
+    assert before[3] == tries._by_key
 
 
 def test_after_the_warm_up_nothing_is_left_to_compile(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -27,6 +27,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 from vllm_align_spec import options, registry
 from vllm_align_spec.engine import companions, control, v1, v2
 from vllm_align_spec.patches import STATE
+from vllm_align_spec.processors.asap import AsapProcessor
 from vllm_align_spec.processors.rows import Control, Layout, Processor, Rows, force, row_logsumexp, send
 
 logger = logging.getLogger("vllm.align_spec")
@@ -60,7 +61,7 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         keeper = parallel.rank == parallel.world_size - parallel.tensor_parallel_size  # first of the last stage
         entries = max(1024, 4 * max_reqs)
         second = companions.load(vllm_config, configured, device, self.rows, entries)
-        layout = Layout(device, entries, self.rows, vocab_size, configured, _identity(vllm_config), keeper, second)
+        layout = Layout(device, entries, self.rows, vocab_size, configured, identity(vllm_config), keeper, second)
         self._processors: list[Processor] = [
             cls(layout) for cls in registry.processors() if configured.enabled and (speculative or not cls.drafter)
         ]
@@ -357,7 +358,7 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         return found
 
 
-def _identity(config: Any) -> dict[str, str]:
+def identity(config: Any) -> dict[str, str]:
     """What logits depend on besides a request: state from another engine is good only where all of this agrees."""
     model, parallel = config.model_config, config.parallel_config
     return {
@@ -379,13 +380,33 @@ def closing(worker: Any) -> None:
                 processor.close()
 
 
-def reports(worker: Any, ids: list[str]) -> dict[str, dict[str, Any]]:
-    """Fills the worker's ``align_spec_reports``: one rank answers, the last pipeline stage's first."""
+def call(worker: Any, what: str, *args: Any) -> Any:
+    """Fills the worker's ``align_spec_call``: all ranks do what is asked, one answers, the last pipeline stage's first.
+
+    Args:
+        worker: vLLM's.
+        what: ``reports``, with ids of requests; ``tries``, with the arguments of `AsapProcessor.exchange`.
+        args: of that.
+
+    Returns:
+        None on the other ranks, and where there is nobody to ask.
+    """
     from vllm.distributed import get_pp_group, get_tp_group
 
-    if not get_pp_group().is_last_rank or get_tp_group().rank_in_group != 0:
-        return {}
+    found = _CALLS[what](list(_facades), *args)
+    return found if get_pp_group().is_last_rank and get_tp_group().rank_in_group == 0 else None
+
+
+def _reports(facades: list[AlignSpecLogitsProcessor], ids: list[str]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    for facade in list(_facades):
+    for facade in facades:
         found.update(facade.reports(ids))
     return found
+
+
+def _tries(facades: list[AlignSpecLogitsProcessor], since: list[int], news: list[bytes]) -> Any:
+    processors = [one for facade in facades for one in facade.processors if isinstance(one, AsapProcessor)]
+    return processors[0].exchange(since, news) if processors else None
+
+
+_CALLS: Mapping[str, Callable[..., Any]] = {"reports": _reports, "tries": _tries}

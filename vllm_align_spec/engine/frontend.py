@@ -160,12 +160,20 @@ class Frontend:
             metrics()  # series begin at zero now, and not with the first request's end
 
     async def ready(self) -> None:
-        """Waits until the judges of this process can be asked.
+        """Waits until the judges of this process can be asked, and begins to share what is shared.
 
         Raises:
             JudgeError: one never will.
         """
         await asyncio.gather(*(judge.ready() for judge in self.judges.values()))
+        share, engine = self.options.asap.share, self.engine
+        # One API server process speaks for all engines; `Sharing` needs to be the only one that asks them.
+        if self.options.enabled and share is not None and engine.engine_core.client_index == 0:
+            from vllm_align_spec.cluster.tries import Sharing
+            from vllm_align_spec.engine.facade import identity
+
+            sharing = asyncio.create_task(Sharing(share, identity(engine.vllm_config), self._call_workers).run())
+            self._finishing.add(sharing)
 
     def _control_ids(self) -> Mapping[int, str]:
         engine = self.engine
@@ -416,14 +424,17 @@ class Frontend:
         finally:
             entry.done.set()
 
-    async def _ask_workers(self, ids: list[str]) -> WorkerReports:
+    async def _call_workers(self, what: str, *args: Any) -> list[Any]:
+        """What `facade.call` answers, one for each data-parallel engine that has an answer."""
+        # vLLM's own collective_rpc hears the first of them only.
         core = self.engine.engine_core
-        # collective_rpc hears the first data-parallel engine only.
-        per_engine = await core.call_utility_all_async("collective_rpc", "align_spec_reports", None, (ids,), None)
+        per_engine = await core.call_utility_all_async("collective_rpc", "align_spec_call", None, (what, *args), None)
+        return [answer for answers in per_engine for answer in answers if answer is not None]
+
+    async def _ask_workers(self, ids: list[str]) -> WorkerReports:
         merged: dict[str, Mapping[str, Any]] = {}
-        for answers in per_engine:
-            for answer in answers:
-                merged |= answer
+        for answer in await self._call_workers("reports", ids):
+            merged |= answer
         return merged
 
 

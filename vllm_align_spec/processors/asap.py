@@ -227,18 +227,20 @@ class AsapProcessor(Processor):
             # One file a model: a folder may serve many.
             digest = hashlib.sha256(repr(sorted(layout.identity.items())).encode()).hexdigest()[:16]
             self._file = Path(options.save_path) / f"{digest}.{FILE}"
-        if options.warm_up or options.save_path is not None:
+        if options.warm_up or options.save_path is not None or options.share is not None:
             self._open()
 
     def _open(self) -> None:
         # Not at import: numba takes longer to load than a server that never sees a request of ours should wait.
         from vllm_align_spec.processors import loops, trie
-        from vllm_align_spec.processors.trie import TrieFileError, Tries
+        from vllm_align_spec.processors.trie import Tries
+        from vllm_align_spec.processors.trie_file import TrieFileError
 
         trie.warm_up()
         if self._layout.device.type == "cpu":
             loops.warm_up()
-        self._tries = Tries(self._layout.options.asap.max_bytes)
+        options = self._layout.options.asap
+        self._tries = Tries(options.max_bytes, shared=options.share is not None)
         self._ready = True
         if self._file is not None and self._file.exists():
             try:
@@ -258,6 +260,23 @@ class AsapProcessor(Processor):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._tries.save(self._file, self._layout.identity)
             self._saved_at = time.monotonic()
+
+    def exchange(self, since: Sequence[int], news: Sequence[bytes]) -> tuple[list[bytes], int]:
+        """Takes in what other replicas learnt, and tells what this one did, on all ranks between the same two steps.
+
+        Args:
+            since: for each shard, the number that an earlier call returned; 0 for everything.
+            news: what `trie.Tries.news` gave elsewhere.
+
+        Returns:
+            News of each shard, and the number for a later call.
+        """
+        self._settle()
+        layout, shards = self._layout, len(since)
+        found = {start: self._tries.news(start, layout.identity, shards) for start in set(since)}
+        for piece in news:
+            self._tries.merge(piece, layout.identity, layout.vocab_size, foreign=True)
+        return [found[start][shard] for shard, start in enumerate(since)], self._tries.next_epoch()
 
     def admit(self, entry: int, arguments: Mapping[str, Any], prompt_len: int) -> None:
         """``arguments`` are the request options and what `strategies.asap` adds to them."""

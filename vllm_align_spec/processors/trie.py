@@ -25,7 +25,6 @@ is not is -1 everywhere. A node id is valid while its trie is referenced. Not fo
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
 from collections.abc import Mapping
@@ -33,10 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from vllm_align_spec.processors import trie_file
 from vllm_align_spec.processors.loops import jit
+from vllm_align_spec.processors.trie_file import MAX_KEY_BYTES, Tensors
 
 NODE = np.dtype(
     [
@@ -55,8 +54,6 @@ BYTES_PER_NODE = NODE.itemsize
 
 MAX_TRIES = 65536
 """Tries that a worker knows at once, empty ones included. With their keys they take 20 MB at most beside the arena."""
-MAX_KEY_BYTES = 64
-"""Keys are digests."""
 
 _TRIE = np.dtype([("root", np.int32), ("nodes", np.int32), ("references", np.int64), ("last_use", np.int64)])
 _STATE = np.dtype(
@@ -66,33 +63,17 @@ _STATE = np.dtype(
         ("tries", np.int64),  # entries of the table in use
         ("nodes", np.int64),
         ("evictions", np.int64),
+        ("epoch", np.int64),  # what `_insert` marks new nodes with
     ]
 )
 _LN_FLOOR = math.log(1e-12)
-
-_FORMAT = "vllm-align-spec tries 1"
-_TENSORS = {
-    "keys": "U8",  # of all tries, one after the other; tries from the least to the most recently used
-    "key_bytes": "I32",  # [tries]
-    "trie_nodes": "I32",  # [tries]
-    # [nodes] trie after trie, its root first, parents before their children
-    "parent": "I32",
-    "token": "I32",
-    "log_p": "F64",
-    "log_c": "F64",
-    "unvisited": "F64",
-}
 
 _Records = np.ndarray[Any, np.dtype[np.void]]
 _Int = np.ndarray[Any, np.dtype[np.int64]]
 _Int32 = np.ndarray[Any, np.dtype[np.int32]]
 _Float = np.ndarray[Any, np.dtype[np.float64]]
-_Arena = tuple[_Records, _Records, _Records]  # nodes, tries, the one record of the state
-_Tensors = dict[str, np.ndarray[Any, Any]]
-
-
-class TrieFileError(ValueError):
-    """A file that is not what it should be; the message names the file and the mismatch."""
+_Arena = tuple[_Records, _Records, _Records, _Int32]
+"""Nodes, tries, the one record of the state, and in what epoch each node was made (-1: it is free), if anybody asks."""
 
 
 @jit
@@ -150,9 +131,11 @@ def _victim(tries: _Records, state: _Records, empty: bool) -> int:
 def _evict(arena: _Arena, trie: int) -> None:
     """Frees all nodes of a trie; its entry in the table stays. The list of nodes still to visit needs no memory
     either: it is threaded through next_sibling like the list of free ones."""
-    nodes, tries, state = arena
+    nodes, tries, state, epochs = arena
     node = tries[trie].root
     while node >= 0:
+        if len(epochs) > 0:
+            epochs[node] = -1
         following = nodes[node].next_sibling
         child = nodes[node].first_child
         if child >= 0:
@@ -173,7 +156,7 @@ def _evict(arena: _Arena, trie: int) -> None:
 @jit
 def _insert(arena: _Arena, trie: int, parent: int, token: int, log_p: float, log_c: float, unvisited: float) -> int:
     """A new child of ``parent``, or the root if that is -1; -1 if there is no room even after an eviction."""
-    nodes, tries, state = arena
+    nodes, tries, state, epochs = arena
     if state[0].free < 0 and state[0].untouched == len(nodes):
         victim = _victim(tries, state, False)
         if victim < 0:
@@ -185,6 +168,8 @@ def _insert(arena: _Arena, trie: int, parent: int, token: int, log_p: float, log
     else:
         node = state[0].untouched
         state[0].untouched += 1
+    if len(epochs) > 0:
+        epochs[node] = state[0].epoch
     state[0].nodes += 1
     tries[trie].nodes += 1
     new = nodes[node]
@@ -213,7 +198,7 @@ def _queue(nodes: _Records, node: int, dirty: _Int, count: int) -> int:
 def _record(
     arena: _Arena, trie: _Int, node: _Int32, parent_row: _Int, parent: _Int32, token: _Int, log_p: _Float, legal: _Float
 ) -> _Int32:
-    nodes, tries, _ = arena
+    nodes, tries, _, _ = arena
     rows = len(trie)
     out = np.full(rows, -1, np.int32)
     dirty = np.empty(2 * rows, np.int64)  # depth << 32 | node
@@ -341,6 +326,70 @@ def _graft(
         at[i] = _insert(arena, trie, p, token[i], log_p[i], log_c[i], unvisited[i])
 
 
+@jit
+def _legal(nodes: _Records, node: int) -> float:
+    """Log mass of all legal children, visited or not."""
+    top, total = nodes[node].unvisited, 1.0
+    child = nodes[node].first_child
+    while child >= 0:
+        term = nodes[child].log_p
+        if term > top:
+            total = total * math.exp(top - term) + 1.0
+            top = term
+        elif term > -math.inf:
+            total += math.exp(term - top)
+        child = nodes[child].next_sibling
+    return _at_most_zero(top + math.log(total))
+
+
+@jit
+def _news(arena: _Arena, since: int) -> tuple[_Int32, _Float]:
+    """The nodes made since an epoch and all that lead to them, by number, and the mass of each one's legal children."""
+    nodes, _, state, epochs = arena
+    count = 0
+    for node in range(state[0].untouched):
+        if epochs[node] >= since:
+            above = np.int32(node)
+            while above >= 0 and nodes[above].queued == 0:
+                nodes[above].queued = 1
+                count += 1
+                above = nodes[above].parent
+    found, legal = np.empty(count, np.int32), np.empty(count)
+    count = 0
+    for node in range(state[0].untouched):
+        if nodes[node].queued:
+            nodes[node].queued = 0
+            found[count], legal[count] = node, _legal(nodes, node)
+            count += 1
+    return found, legal
+
+
+@jit
+def _merge(
+    arena: _Arena, trie: int, parent: _Int32, token: _Int32, log_p: _Float, legal: _Float, may_evict: bool
+) -> None:
+    """Adds what is missing of some nodes, their ancestors among them, to a trie, as if their rows had been seen here;
+    ``parent`` counts from the root, at 0. Nothing else is taken over: c~ follows from the nodes that are here."""
+    nodes, tries, state, _ = arena
+    tries[trie].references += 1  # it may not be evicted by itself
+    at = np.full(len(parent), -1, np.int64)
+    for i in range(len(parent)):
+        up = at[parent[i]] if i > 0 else -1
+        if i > 0 and up < 0:
+            continue
+        at[i] = _find(nodes, up, token[i]) if i > 0 else tries[trie].root
+        room = may_evict or state[0].free >= 0 or state[0].untouched < len(nodes)
+        if at[i] < 0 and room:
+            at[i] = _insert(arena, trie, up, token[i], log_p[i], 0.0, legal[i])
+            if at[i] >= 0 and i > 0:
+                nodes[up].unvisited = _without(nodes[up].unvisited, log_p[i])
+    # Children stand behind their parents, so from the end every node comes after all of its own that changed.
+    for i in range(len(parent) - 1, -1, -1):
+        if at[i] >= 0:
+            nodes[at[i]].log_c = min(nodes[at[i]].log_c, _log_c(nodes, at[i]))
+    tries[trie].references -= 1
+
+
 def _array(values: Any, dtype: type[np.generic]) -> Any:
     """A copy in the one layout that the compiled functions know: any other would be compiled anew, in seconds."""
     return np.array(values, dtype=dtype, order="C")
@@ -351,14 +400,17 @@ class Tries:
 
     Args:
         max_bytes: size of the arena. Its pages are taken as nodes come to be used and are not given back.
+        shared: whether `news` will be asked for, which takes 4 bytes more a node.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, *, shared: bool = False) -> None:
         self._nodes: _Records = np.zeros(min(max_bytes // BYTES_PER_NODE, np.iinfo(np.int32).max), NODE)
         self._tries: _Records = np.zeros(MAX_TRIES, _TRIE)
         self._state: _Records = np.zeros(1, _STATE)
         self._state["free"] = -1
-        self._arena = (self._nodes, self._tries, self._state)
+        self._state["epoch"] = 1
+        self._epochs: _Int32 = np.zeros(len(self._nodes) if shared else 0, np.int32)
+        self._arena = (self._nodes, self._tries, self._state, self._epochs)
         self._by_key: dict[bytes, int] = {}
         self._keys: list[bytes] = []
         self._clock = 0
@@ -512,12 +564,10 @@ class Tries:
             path: the file; one that exists is replaced.
             header: what the tries depend on (model, revision, dtype, ...); ``load`` wants the same.
         """
-        tensors = self._packed()
-        metadata = {"format": _FORMAT, "sha256": _checksum(tensors)}
-        metadata |= {f"header.{name}": value for name, value in header.items()}
+        data = trie_file.pack(trie_file.FILE, self._packed(), header)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            save_file(tensors, unfinished, metadata)
+            unfinished.write_bytes(data)
             os.replace(unfinished, path)
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -538,16 +588,103 @@ class Tries:
             TrieFileError: the file is not of this format, not for this header, or damaged. Nothing was added.
             OSError: the file cannot be read.
         """
-        tensors = _read(path, header)
-        _check(path, tensors, vocab_size)
-        return self._unpack(tensors)
+        return self._unpack(trie_file.unpack(str(path), trie_file.FILE, path.read_bytes(), header, vocab_size))
 
-    def _packed(self) -> _Tensors:
+    def news(self, since: int, header: Mapping[str, str], shards: int = 1) -> list[bytes]:
+        """Nodes made since an epoch, for `merge` elsewhere; tries are split by their keys' first byte.
+
+        Args:
+            since: what `next_epoch` returned; 0 for all nodes, those merged from elsewhere included.
+            header: as for `save`.
+            shards: into how many parts.
+
+        Returns:
+            One piece a shard, empty where nothing is new.
+        """
+        node, legal = _news(self._arena, since)
+        place = np.searchsorted(node, self._nodes["parent"][node])  # of the parent among them; a root's is nobody's
+        is_root = self._nodes["parent"][node] < 0
+        root = np.where(is_root, np.arange(len(node)), place)
+        while not is_root[root].all():
+            root = root[root]
+        which = np.flatnonzero(self._tries["nodes"])
+        which = which[np.argsort(self._tries["root"][which])]
+        trie = which[np.searchsorted(self._tries["root"][which], node[root])]
+        # Trie after trie, the shallowest first.
+        order = np.lexsort((self._nodes["depth"][node], trie))
+        rank = np.empty(len(node), np.int32)
+        rank[order] = np.arange(len(node))
+        node, legal, trie = node[order], legal[order], trie[order]
+        parent = np.where(is_root, -1, rank[np.minimum(place, len(node) - 1)])[order]
+        shard = np.array([int.from_bytes(key[:1], "big") % shards for key in self._keys], np.int64)[trie]
+        found = []
+        for number in range(shards):
+            mine = np.flatnonzero(shard == number)
+            moved = np.cumsum(shard == number) - 1  # tries of other shards left
+            tries, sizes = np.unique(trie[mine], return_counts=True)
+            keys = [self._keys[one] for one in tries]
+            tensors: Tensors = {
+                "keys": np.frombuffer(b"".join(keys), np.uint8),
+                "key_bytes": np.array([len(key) for key in keys], np.int32),
+                "trie_nodes": sizes.astype(np.int32),
+                "parent": np.where(parent[mine] < 0, -1, moved[parent[mine]]).astype(np.int32),
+                **{name: self._nodes[name][node[mine]] for name in ("token", "log_p")},
+                "legal": legal[mine],
+            }
+            found.append(trie_file.pack(trie_file.NEWS, tensors, header) if len(mine) else b"")
+        return found
+
+    def next_epoch(self) -> int:
+        """Nodes made from now on are told from earlier ones by the number that this returns."""
+        self._state["epoch"] += 1
+        return int(self._state["epoch"][0])
+
+    def merge(self, news: bytes, header: Mapping[str, str], vocab_size: int = 2**31, *, foreign: bool) -> int:
+        """Adds nodes that another one has and this one has not; c~ never rises.
+
+        Merging is commutative, associative and idempotent, up to the rounding of U: a trie that has merged all others
+        holds the union of their nodes, and all else follows from those.
+
+        Args:
+            news: what `news` gave.
+            header: what it must have been given for.
+            vocab_size: what its tokens must lie below.
+            foreign: whether the nodes are no news to those who ask here: only `news` since 0 has them. Then they take
+                free room only, and their tries are the first to be evicted until somebody opens them.
+
+        Returns:
+            How many nodes were added.
+
+        Raises:
+            TrieFileError: as for `load`.
+        """
+        tensors = trie_file.unpack("news", trie_file.NEWS, news, header, vocab_size)
+        before, epoch = self.nodes_used, int(self._state["epoch"][0])
+        if foreign:
+            self._state["epoch"] = 0
+        ends = np.cumsum(tensors["trie_nodes"], dtype=np.int64).tolist()
+        for key, start, end in zip(trie_file.split_keys(tensors), [0, *ends], ends, strict=False):
+            trie = self._by_key.get(key, -1)
+            if not foreign or (trie < 0 and len(self._keys) < len(self._tries)):
+                trie = self.open(key)
+                if foreign:
+                    self._tries["last_use"][trie] = 0
+            if trie < 0:
+                continue
+            own = slice(start, end)
+            parent = _array(tensors["parent"][own] - start, np.int32)
+            token = _array(tensors["token"][own], np.int32)
+            log_p, legal = (_array(tensors[name][own], np.float64) for name in ("log_p", "legal"))
+            _merge(self._arena, trie, parent, token, log_p, legal, not foreign)
+        self._state["epoch"] = epoch
+        return self.nodes_used - before
+
+    def _packed(self) -> Tensors:
         which = np.flatnonzero(self._tries["nodes"])
         which = which[np.argsort(self._tries["last_use"][which])]
         keys = [self._keys[trie] for trie in which]
         order, parent = _order(self._nodes, self._tries["root"][which], self.nodes_used)
-        tensors: _Tensors = {name: self._nodes[name][order] for name in ("token", "log_p", "log_c", "unvisited")}
+        tensors: Tensors = {name: self._nodes[name][order] for name in ("token", "log_p", "log_c", "unvisited")}
         return tensors | {
             "keys": np.frombuffer(b"".join(keys), np.uint8),
             "key_bytes": np.array([len(key) for key in keys], np.int32),
@@ -555,8 +692,8 @@ class Tries:
             "parent": parent,
         }
 
-    def _unpack(self, tensors: _Tensors) -> int:
-        keys = _split_keys(tensors)
+    def _unpack(self, tensors: Tensors) -> int:
+        keys = trie_file.split_keys(tensors)
         sizes = tensors["trie_nodes"].tolist()
         starts = (np.cumsum(tensors["trie_nodes"], dtype=np.int64) - tensors["trie_nodes"]).tolist()
         room = self.capacity - self.nodes_used
@@ -579,76 +716,16 @@ class Tries:
         return added
 
 
-def _split_keys(tensors: _Tensors) -> list[bytes]:
-    joined = tensors["keys"].tobytes()
-    ends = np.cumsum(tensors["key_bytes"], dtype=np.int64).tolist()
-    return [joined[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def _checksum(tensors: _Tensors) -> str:
-    digest = hashlib.sha256()
-    for name in _TENSORS:
-        digest.update(tensors[name].tobytes())
-    return digest.hexdigest()
-
-
-def _read(path: Path, header: Mapping[str, str]) -> _Tensors:
-    """The tensors of a file of this format, header and checksum; what they hold is not yet to be trusted."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise TrieFileError(f"{path}: format is {metadata.get('format')!r}, not {_FORMAT!r}")
-            found = {name.removeprefix("header."): metadata[name] for name in metadata if name.startswith("header.")}
-            for name in sorted(found.keys() | header.keys()):
-                if found.get(name) != header.get(name):
-                    raise TrieFileError(f"{path}: {name} is {found.get(name)!r}, not {header.get(name)!r}")
-            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-            if kinds != _TENSORS:
-                raise TrieFileError(f"{path}: tensors are {kinds}, not {_TENSORS}")
-            tensors = {name: file.get_tensor(name) for name in _TENSORS}
-    except SafetensorError as error:
-        raise TrieFileError(f"{path}: not a safetensors file: {error}") from error
-    if metadata.get("sha256") != _checksum(tensors):
-        raise TrieFileError(f"{path}: sha256 is {_checksum(tensors)}, not {metadata.get('sha256')} as it says")
-    return tensors
-
-
-def _check(path: Path, tensors: _Tensors, vocab_size: int) -> None:
-    """Raises unless the tensors are tries: whoever can write a file can also write its checksum."""
-
-    def demand(condition: Any, what: str) -> None:
-        if not np.all(condition):
-            raise TrieFileError(f"{path}: malformed: {what}")
-
-    demand([tensor.ndim == 1 for tensor in tensors.values()], "a tensor with more or less than one dimension")
-    sizes, key_bytes, parent, token = (tensors[name] for name in ("trie_nodes", "key_bytes", "parent", "token"))
-    demand([len(tensors[name]) == len(parent) for name in ("token", "log_p", "log_c", "unvisited")], "node counts")
-    demand(sizes >= 1, "a trie without nodes")
-    demand(sizes.sum(dtype=np.int64) == len(parent), "trie_nodes do not add up to the number of nodes")
-    demand(len(key_bytes) == len(sizes), "not one key a trie")
-    demand((key_bytes >= 0) & (key_bytes <= MAX_KEY_BYTES), f"a key of more than {MAX_KEY_BYTES} bytes")
-    demand(key_bytes.sum(dtype=np.int64) == len(tensors["keys"]), "key_bytes do not add up to the size of keys")
-    demand(len(set(_split_keys(tensors))) == len(sizes), "two tries with one key")
-    start = np.repeat(np.cumsum(sizes, dtype=np.int64) - sizes, sizes)
-    place = np.arange(len(parent))
-    is_root = place == start
-    demand(np.where(is_root, parent == -1, (start <= parent) & (parent < place)), "a parent that does not come before")
-    demand(np.where(is_root, token == -1, (token >= 0) & (token < vocab_size)), "a token outside the vocabulary")
-    edges = (parent.astype(np.int64) << 32 | token)[~is_root]
-    demand(len(np.unique(edges)) == len(edges), "two children with one token")
-    for name in ("log_p", "log_c", "unvisited"):
-        demand(tensors[name] <= 0.0, f"{name} above 0")
-
-
 def warm_up() -> None:
     """Compiles everything on a tiny arena: 6 s once on a machine, then 1 s, from numba's cache."""
-    tries = Tries(2 * BYTES_PER_NODE)
+    tries = Tries(2 * BYTES_PER_NODE, shared=True)
     trie = tries.open(b"")
     none, zero = np.array([-1]), np.array([0.0])
     root = tries.record(np.array([trie]), none, none, none, none, zero, zero)
     tries.child(root, none)
     tries.children(root)
+    (news,) = tries.news(0, {})
+    tries.merge(news, {}, foreign=True)
     packed = tries._packed()
-    _evict(tries._arena, _victim(*tries._arena[1:], False))
+    _evict(tries._arena, _victim(tries._tries, tries._state, False))
     tries._unpack(packed)
