@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 
 from vllm_align_spec.options import AsapEngineOptions, EngineOptions
 from vllm_align_spec.processors import asap
-from vllm_align_spec.processors.asap import MODES, AsapProcessor, uniforms
+from vllm_align_spec.processors.asap import MODES, AsapProcessor
+from vllm_align_spec.processors.attempts import uniform
 from vllm_align_spec.processors.rows import Control, Layout, Rows, row_logsumexp
 
 INF = math.inf
+uniforms = np.vectorize(uniform, otypes=[float])
 # The rows' normalisers are float32, so log P is known to about 1e-6; a coin or a uniform closer than this to where
 # the outcome changes may fall either way.
 NEAR = 1e-5

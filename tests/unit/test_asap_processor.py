@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from asap_laws import KEY, OTHER_KEY, AsapLaws, Engine, Feed, World, Written, assert_same_snapshot, snapshot
+from asap_laws import KEY, OTHER_KEY, AsapLaws, Engine, Feed, World, Written, assert_same_snapshot, snapshot, uniforms
 
 from vllm_align_spec.options import AsapEngineOptions, EngineOptions
-from vllm_align_spec.processors.asap import AsapProcessor, survives, uniforms
+from vllm_align_spec.processors.asap import AsapProcessor, survives
 from vllm_align_spec.processors.rows import Layout
 
 

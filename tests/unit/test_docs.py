@@ -98,6 +98,7 @@ def test_configurations_of_ray_in_the_docs_are_accepted():
 
     from vllm_align_spec.cluster.cli import _check
 
-    (config,) = (yaml.safe_load(text) for page, text in blocks("yaml") if page == "cluster.md")
+    config, share = (yaml.safe_load(text) for page, text in blocks("yaml") if page == "cluster.md")
+    assert parse_engine(share["additional_config"]).asap.share is not None
     for application in ServeDeploySchema.model_validate(config).applications:
         _check(application.import_path, application.args)

@@ -26,6 +26,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,18 +42,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.align_spec")
 
 MODES = ("adaptive", "exact", "weighted")
-_ADAPTIVE, _EXACT, _WEIGHTED = range(len(MODES))
-_LIVE, _REJECTED, _DEAD_END, _FAILED = range(4)
-STATES = ("completed", "rejected", "dead_end", "failed")
-"""How an attempt ended: it was thinned away, no token was left, the method failed."""
+_EXACT = MODES.index("exact")
+
+
+class State(IntEnum):
+    """How an attempt ended, if it did: it was thinned away, no token was left, the method failed."""
+
+    COMPLETED, REJECTED, DEAD_END, FAILED = range(4)
+
 
 FILE = "tries.safetensors"
 
 _Int = np.ndarray[Any, np.dtype[np.int64]]
-_Float = np.ndarray[Any, np.dtype[np.float64]]
 
-# An attempt, as admission made it.
-_ATTEMPT = np.dtype(
+ATTEMPT = np.dtype(
     [
         ("trie", np.int64),
         ("open", np.bool_),  # whether it holds a reference to its trie
@@ -68,8 +71,8 @@ _ATTEMPT = np.dtype(
         ("seconds", np.float64),  # its share of the host's work
     ]
 )
-# Where an attempt stands between two steps.
-_PLACE = np.dtype(
+"""An attempt, as admission made it."""
+PLACE = np.dtype(
     [
         ("out", np.int64),  # tokens out before row 0 of the next step; as many rows were reached
         ("parent", np.int32),  # node of the row in which the latest token was drawn; -1 if it has none
@@ -80,6 +83,7 @@ _PLACE = np.dtype(
         ("log_bank", np.float64),  # what rounding made of rho > 1, for the rows to come
     ]
 )
+"""Where an attempt stands between two steps."""
 
 
 @dataclass
@@ -171,17 +175,6 @@ def survives(
     return torch.stack(alive, 1), log_rho, torch.stack(banks, 1)
 
 
-def uniforms(seed: np.ndarray[Any, np.dtype[np.uint64]], counter: np.ndarray[Any, np.dtype[np.uint64]]) -> _Float:
-    """Uniform numbers in (0, 1) that depend on (seed, counter) alone: SplitMix64 of both, its upper 52 bits."""
-    with np.errstate(over="ignore"):
-        z = seed + (counter + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
-        z ^= z >> np.uint64(31)
-    found: _Float = ((z >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
-    return found
-
-
 @dataclass
 class _Step:
     """A step's rows on their way back from the device."""
@@ -212,9 +205,9 @@ class AsapProcessor(Processor):
         self._layout = layout
         self._tries: Tries
         entries = layout.entries
-        self._attempt = np.zeros(entries, dtype=_ATTEMPT)
-        self._place = np.zeros(entries, dtype=_PLACE)
-        self._before = np.zeros(entries, dtype=_PLACE)  # one step back: a step that was taken back is drawn again
+        self._attempt = np.zeros(entries, dtype=ATTEMPT)
+        self._place = np.zeros(entries, dtype=PLACE)
+        self._before = np.zeros(entries, dtype=PLACE)  # one step back: a step that was taken back is drawn again
         self._ends = np.full((entries, MAX_STOP_IDS), -1, dtype=np.int64)
         self._steps: deque[_Step] = deque()
         self._turn = 0
@@ -232,15 +225,18 @@ class AsapProcessor(Processor):
 
     def _open(self) -> None:
         # Not at import: numba takes longer to load than a server that never sees a request of ours should wait.
-        from vllm_align_spec.processors import loops, trie
+        from vllm_align_spec.processors import attempts, loops, trie
         from vllm_align_spec.processors.trie import Tries
         from vllm_align_spec.processors.trie_file import TrieFileError
 
         trie.warm_up()
+        attempts.warm_up()
         if self._layout.device.type == "cpu":
             loops.warm_up()
         options = self._layout.options.asap
         self._tries = Tries(options.max_bytes, shared=options.share is not None)
+        self._state = (self._tries.arena, self._attempt, self._place, self._before, self._ends)
+        self._look_up, self._take_in = attempts.look_up, attempts.take_in
         self._ready = True
         if self._file is not None and self._file.exists():
             try:
@@ -305,7 +301,7 @@ class AsapProcessor(Processor):
 
     def abandon(self, entry: int) -> None:
         """The attempt ends as failed with its next row."""
-        self._attempt[entry]["state"] = _FAILED
+        self._attempt[entry]["state"] = State.FAILED
 
     def _release(self, entry: int) -> None:
         attempt = self._attempt[entry]
@@ -330,76 +326,45 @@ class AsapProcessor(Processor):
         host = rows.host()
         began = time.perf_counter()
         self._settle(before=self._turn)
-        e, device = rows.entry_np, rows.logits.device
-        attempt = self._attempt[e]
-        drawing = host.count > 0
-        out = host.position + 1 - attempt["prompt"]
-        again = drawing & (out != self._place["out"][e]) & (out == self._before["out"][e])
-        self._place[e[again]] = self._before[e[again]]
-        place = self._place[e]
-        # What the step that was taken back said of the attempt's end goes with it.
-        revived = again & ((attempt["state"] == _REJECTED) | (attempt["state"] == _DEAD_END))
-        attempt["state"][revived] = self._attempt["state"][e[revived]] = _LIVE
-        # A row behind a drawn end token: with asynchronous scheduling vLLM computes one more step and drops it.
-        over = drawing & (place["token"] >= 0) & (place["token"][:, None] == self._ends[e]).any(1)
-        drawing &= ~over
-        host = replace(host, count=np.where(over, 0, host.count))
-        lost = drawing & ((out != place["out"]) | ~attempt["open"])
-        attempt["state"][lost] = self._attempt["state"][e[lost]] = _FAILED
-
-        width = host.draft.shape[1]
-        r = np.arange(width)
-        real = (r < host.count[:, None]) & ~lost[:, None]
-        first = out == 0
-        node = np.full((len(e), width), -1, dtype=np.int32)
-        parent = np.where(drawing, place["parent"], -1)
-        node[:, 0] = np.where(first, self._tries.root(attempt["trie"]), self._tries.child(parent, place["token"]))
-        for j in range(1, width):
-            node[:, j] = np.where(real[:, j], self._tries.child(node[:, j - 1], host.draft[:, j - 1]), -1)
-        offsets, child, child_log_c, _ = self._tries.children(node.reshape(-1))
-        log_used = self._tries.log_c(node.reshape(-1)).reshape(node.shape)
-        log_used[:, 0] = place["log_h"]
-        counter = 2 * (out[:, None] + r).astype(np.uint64)
-        seed = attempt["seed"][:, None]
-        # What only the trie knows, in one copy.
-        sent = send(
-            np.stack([uniforms(seed, counter), np.log(uniforms(seed, counter + np.uint64(1))), log_used]), device
+        e, device, width = rows.entry_np.astype(np.int64), rows.logits.device, host.draft.shape[1]
+        count = host.count.astype(np.int64)
+        node, offsets, child, child_log_c, of_rows, of_requests, limits, mode, state = self._look_up(
+            *self._state, e, host.position.astype(np.int64), count, host.draft.astype(np.int64)
         )
-        per_request = send(np.stack([attempt["inverse_temperature"], place["log_bank"], first]), device)
-        limits = np.stack(
-            [out[:, None] + r >= attempt["length"][:, None] - 1, out[:, None] + r < attempt["shortest"][:, None]]
-        )
-        limits_sent = send(limits, device)
+        host = replace(host, count=count)
+        uniform, log_coin, log_used = send(of_rows, device)
+        inverse_temperature, log_bank, first = send(of_requests, device)
+        only_ends, no_ends = send(limits, device)
         host_seconds = time.perf_counter() - began
 
         unmasked = rows.unmasked
         if unmasked is None:  # nothing was masked in this step
-            scale = per_request[0].float().repeat_interleave(width)
+            scale = inverse_temperature.float().repeat_interleave(width)
             unmasked = row_logsumexp(rows.logits, rows.index.reshape(-1), scale).view(rows.index.shape)
         drawn = draw(
             rows.logits,
             rows.index,
             unmasked,
-            per_request[0],
-            sent[0],
+            inverse_temperature,
+            uniform,
             rows.draft,
             send(self._ends[e], device),
-            limits_sent[0],
-            limits_sent[1],
+            only_ends,
+            no_ends,
             send(offsets, device),
-            send(child.astype(np.int64), device),
+            send(child, device),
             send(child_log_c, device),
         )
-        alive, log_rho, log_bank = survives(drawn.log_h, sent[2], per_request[2] > 0, per_request[1], sent[1])
-        thinned = send(attempt["mode"] == _EXACT, device)[:, None]
+        alive, log_rho, log_banks = survives(drawn.log_h, log_used, first > 0, log_bank, log_coin)
+        thinned = send(mode == _EXACT, device)[:, None]
         alive = torch.where(thinned, alive, log_rho > -torch.inf)
 
         assert rows.control is not None
-        failed = send(attempt["state"] == _FAILED, device)[:, None]
         token = torch.where(alive, drawn.token, rows.control[Control.ABANDON])
+        failed = send(state == State.FAILED, device)[:, None]
         token = torch.where(failed, rows.control[Control.FAILED], token)
-        force(rows.logits, rows.index, send(r < host.count[:, None], device), token)
-        numbers = torch.cat([drawn.pack(), torch.stack([alive.double(), log_rho, log_bank])])
+        force(rows.logits, rows.index, send(np.arange(width) < count[:, None], device), token)
+        numbers = torch.cat([drawn.pack(), torch.stack([alive.double(), log_rho, log_banks])])
         self._send_back(e, host, node, numbers, host_seconds)
         return torch.full_like(rows.count, width)
 
@@ -421,73 +386,17 @@ class AsapProcessor(Processor):
                 arrived.synchronize()
             step = self._steps.popleft()
             began = time.perf_counter()
-            self._take_in(step)
+            self._take_in(
+                *self._state,
+                step.entry,
+                step.host.count,
+                step.host.draft.astype(np.int64),
+                step.node,
+                step.numbers.numpy(),
+            )
             seconds = step.seconds + time.perf_counter() - began
             self._seconds += seconds
             self._attempt["seconds"][step.entry] += seconds / len(step.entry)
-
-    def _take_in(self, step: _Step) -> None:
-        e, host = step.entry, step.host
-        attempt, place = self._attempt[e], self._place[e]
-        log_h, unvisited, token, token_log_p, token_log_h, draft_log_p, alive, log_rho, log_bank = step.numbers.numpy()
-        token = token.astype(np.int64)
-        width = token.shape[1]
-        live = (host.count > 0) & (attempt["state"] == _LIVE)
-
-        def is_end(tokens: _Int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-            return np.asarray((tokens[:, :, None] == self._ends[e][:, None, :]).any(-1))
-
-        # Which rows stand behind legal drafts that do not end the response, and which were reached.
-        real = (np.arange(width) < host.count[:, None]) & live[:, None]
-        seen, reached = real.copy(), real.copy()
-        goes_on = (draft_log_p > -np.inf) & ~is_end(host.draft)
-        agrees = goes_on & (alive > 0) & (token == host.draft)
-        seen[:, 1:] &= np.logical_and.accumulate(goes_on, axis=1)[:, :-1]
-        reached[:, 1:] &= np.logical_and.accumulate(agrees, axis=1)[:, :-1]
-
-        # Rows in the order of their requests: a row's parent stands right before it.
-        at, r = np.nonzero(seen)
-        inner = r > 0
-        parents = np.where(inner, -1, place["parent"][at])
-        node = self._tries.record(
-            trie=attempt["trie"][at],
-            node=step.node[at, r],
-            parent_row=np.where(inner, np.arange(len(at)) - 1, -1),
-            parent=parents,
-            token=np.where(inner, host.draft[at, r - 1], place["token"][at]),
-            log_p=np.where(inner, draft_log_p[at, r - 1], place["log_p"][at]),
-            unvisited=unvisited[at, r],
-        )
-        _, once = np.unique(node, return_index=True)  # two lanes may have met one prefix
-        added = np.zeros(len(at), dtype=bool)
-        added[once] = (node[once] >= 0) & (step.node[at[once], r[once]] < 0)
-        nodes = step.node.copy()
-        nodes[at, r] = node
-        np.add.at(self._attempt["nodes"], e[at[added]], 1)
-
-        mine = e[live]
-        count = reached.sum(1)
-        last = np.maximum(count - 1, 0)[:, None]
-
-        def at_last(values: Any) -> Any:
-            return np.take_along_axis(values, last, 1)[live, 0]
-
-        self._before[mine] = self._place[mine]
-        for name, value in (
-            ("out", (place["out"] + count)[live]),
-            ("parent", at_last(nodes)),
-            ("token", at_last(token)),
-            ("log_p", at_last(token_log_p)),
-            ("log_h", at_last(token_log_h)),
-            ("log_w", (place["log_w"] + np.where(reached, log_rho, 0.0).sum(1))[live]),
-            ("log_bank", at_last(log_bank)),
-        ):
-            self._place[name][mine] = value
-        first = live & (place["out"] == 0)
-        self._attempt["log_h0"][e[first]] = log_h[first, 0]
-        died = live & ~((alive > 0) | ~reached).all(1)
-        dead_end = died & (reached & (log_h == -np.inf)).any(1)
-        self._attempt["state"][e[died]] = np.where(dead_end[died], _DEAD_END, _REJECTED)
 
     def reports(self, entries: Sequence[int]) -> list[dict[str, Any]]:
         """How each attempt went, and the state of the store."""
@@ -504,10 +413,10 @@ class AsapProcessor(Processor):
         for entry in entries:
             attempt, place = self._attempt[entry], self._place[entry]
             state = int(attempt["state"])
-            log_v = attempt["log_h0"] + place["log_w"] if state == _LIVE else -np.inf
+            log_v = attempt["log_h0"] + place["log_w"] if state == State.COMPLETED else -np.inf
             found.append(
                 {
-                    "state": STATES[state],
+                    "state": State(state).name.lower(),
                     "rows": int(place["out"]),
                     "log_h0": _finite(attempt["log_h0"]),
                     "log_v": _finite(log_v),

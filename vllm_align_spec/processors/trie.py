@@ -44,7 +44,7 @@ NODE = np.dtype(
         ("first_child", np.int32),
         ("next_sibling", np.int32),  # of a free node: the next free one
         ("depth", np.int32),  # tokens from the root
-        ("queued", np.int32),  # whether `_record` will recompute log_c; 0 between calls
+        ("queued", np.int32),  # whether `record` will recompute log_c; 0 between calls
         ("log_p", np.float64),  # log P(token | parent)
         ("log_c", np.float64),  # log c~
         ("unvisited", np.float64),  # U
@@ -72,7 +72,7 @@ _Records = np.ndarray[Any, np.dtype[np.void]]
 _Int = np.ndarray[Any, np.dtype[np.int64]]
 _Int32 = np.ndarray[Any, np.dtype[np.int32]]
 _Float = np.ndarray[Any, np.dtype[np.float64]]
-_Arena = tuple[_Records, _Records, _Records, _Int32]
+Arena = tuple[_Records, _Records, _Records, _Int32]
 """Nodes, tries, the one record of the state, and in what epoch each node was made (-1: it is free), if anybody asks."""
 
 
@@ -109,7 +109,8 @@ def _without(unvisited: float, log_p: float) -> float:
 
 
 @jit
-def _find(nodes: _Records, node: int, token: int) -> int:
+def find(nodes: _Records, node: int, token: int) -> int:
+    """The visited child of a node by a token; -1 if there is none."""
     child = nodes[node].first_child
     while child >= 0 and nodes[child].token != token:
         child = nodes[child].next_sibling
@@ -128,7 +129,7 @@ def _victim(tries: _Records, state: _Records, empty: bool) -> int:
 
 
 @jit
-def _evict(arena: _Arena, trie: int) -> None:
+def _evict(arena: Arena, trie: int) -> None:
     """Frees all nodes of a trie; its entry in the table stays. The list of nodes still to visit needs no memory
     either: it is threaded through next_sibling like the list of free ones."""
     nodes, tries, state, epochs = arena
@@ -154,7 +155,7 @@ def _evict(arena: _Arena, trie: int) -> None:
 
 
 @jit
-def _insert(arena: _Arena, trie: int, parent: int, token: int, log_p: float, log_c: float, unvisited: float) -> int:
+def _insert(arena: Arena, trie: int, parent: int, token: int, log_p: float, log_c: float, unvisited: float) -> int:
     """A new child of ``parent``, or the root if that is -1; -1 if there is no room even after an eviction."""
     nodes, tries, state, epochs = arena
     if state[0].free < 0 and state[0].untouched == len(nodes):
@@ -195,9 +196,10 @@ def _queue(nodes: _Records, node: int, dirty: _Int, count: int) -> int:
 
 
 @jit
-def _record(
-    arena: _Arena, trie: _Int, node: _Int32, parent_row: _Int, parent: _Int32, token: _Int, log_p: _Float, legal: _Float
+def record(
+    arena: Arena, trie: _Int, node: _Int32, parent_row: _Int, parent: _Int32, token: _Int, log_p: _Float, legal: _Float
 ) -> _Int32:
+    """See `Tries.record`."""
     nodes, tries, _, _ = arena
     rows = len(trie)
     out = np.full(rows, -1, np.int32)
@@ -224,7 +226,7 @@ def _record(
         u = out[parent_row[i]] if parent_row[i] >= 0 else parent[i]
         if (u < 0 and parent_row[i] >= 0) or (u < 0) != (token[i] < 0):
             continue
-        made = tries[trie[i]].root if u < 0 else _find(nodes, u, token[i])
+        made = tries[trie[i]].root if u < 0 else find(nodes, u, token[i])
         if made < 0 and not full:
             mass = _at_most_zero(log_p[i]) if u >= 0 else 0.0
             made = _insert(arena, trie[i], u, token[i], mass, 0.0, _at_most_zero(legal[i]))
@@ -275,12 +277,13 @@ def _child(nodes: _Records, node: _Int32, token: _Int) -> _Int32:
     out = np.full(len(node), -1, np.int32)
     for i in range(len(node)):
         if node[i] >= 0:
-            out[i] = _find(nodes, node[i], token[i])
+            out[i] = find(nodes, node[i], token[i])
     return out
 
 
 @jit
-def _children(nodes: _Records, node: _Int32) -> tuple[_Int, _Int, _Float, _Float]:
+def children(nodes: _Records, node: _Int32) -> tuple[_Int, _Int, _Float, _Float]:
+    """See `Tries.children`."""
     offsets = np.zeros(len(node) + 1, np.int64)
     for i in range(len(node)):
         offsets[i + 1] = offsets[i]
@@ -317,7 +320,7 @@ def _order(nodes: _Records, roots: _Int32, total: int) -> tuple[_Int32, _Int32]:
 
 @jit
 def _graft(
-    arena: _Arena, trie: int, parent: _Int32, token: _Int32, log_p: _Float, log_c: _Float, unvisited: _Float
+    arena: Arena, trie: int, parent: _Int32, token: _Int32, log_p: _Float, log_c: _Float, unvisited: _Float
 ) -> None:
     """Fills an empty trie for which there is room; ``parent`` counts from the trie's root, at 0."""
     at = np.empty(len(parent), np.int64)
@@ -343,7 +346,7 @@ def _legal(nodes: _Records, node: int) -> float:
 
 
 @jit
-def _news(arena: _Arena, since: int) -> tuple[_Int32, _Float]:
+def _news(arena: Arena, since: int) -> tuple[_Int32, _Float]:
     """The nodes made since an epoch and all that lead to them, by number, and the mass of each one's legal children."""
     nodes, _, state, epochs = arena
     count = 0
@@ -366,7 +369,7 @@ def _news(arena: _Arena, since: int) -> tuple[_Int32, _Float]:
 
 @jit
 def _merge(
-    arena: _Arena, trie: int, parent: _Int32, token: _Int32, log_p: _Float, legal: _Float, may_evict: bool
+    arena: Arena, trie: int, parent: _Int32, token: _Int32, log_p: _Float, legal: _Float, may_evict: bool
 ) -> None:
     """Adds what is missing of some nodes, their ancestors among them, to a trie, as if their rows had been seen here;
     ``parent`` counts from the root, at 0. Nothing else is taken over: c~ follows from the nodes that are here."""
@@ -377,7 +380,7 @@ def _merge(
         up = at[parent[i]] if i > 0 else -1
         if i > 0 and up < 0:
             continue
-        at[i] = _find(nodes, up, token[i]) if i > 0 else tries[trie].root
+        at[i] = find(nodes, up, token[i]) if i > 0 else tries[trie].root
         room = may_evict or state[0].free >= 0 or state[0].untouched < len(nodes)
         if at[i] < 0 and room:
             at[i] = _insert(arena, trie, up, token[i], log_p[i], 0.0, legal[i])
@@ -410,7 +413,7 @@ class Tries:
         self._state["free"] = -1
         self._state["epoch"] = 1
         self._epochs: _Int32 = np.zeros(len(self._nodes) if shared else 0, np.int32)
-        self._arena = (self._nodes, self._tries, self._state, self._epochs)
+        self.arena = (self._nodes, self._tries, self._state, self._epochs)
         self._by_key: dict[bytes, int] = {}
         self._keys: list[bytes] = []
         self._clock = 0
@@ -470,7 +473,7 @@ class Tries:
             trie = _victim(self._tries, self._state, False)
             if trie < 0:
                 return -1
-            _evict(self._arena, trie)
+            _evict(self.arena, trie)
         del self._by_key[self._keys[trie]]
         return trie
 
@@ -512,7 +515,7 @@ class Tries:
             offsets [R+1] int64: those of row i are at offsets[i] to offsets[i+1] of the others; tokens [K] int64;
             log c~ [K] float64; log P of the token [K] float64.
         """
-        return _children(self._nodes, _array(nodes, np.int32))
+        return children(self._nodes, _array(nodes, np.int32))
 
     def log_c(self, nodes: _Int32) -> _Float:
         """log c~, [R] float64, of [R] nodes; 0 for -1, since nothing is known of what was not visited."""
@@ -546,8 +549,8 @@ class Tries:
         Returns:
             [R] int32, the row's node; -1 if its parent has none or there is no room.
         """
-        return _record(
-            self._arena,
+        return record(
+            self.arena,
             _array(trie, np.int64),
             _array(node, np.int32),
             _array(parent_row, np.int64),
@@ -601,7 +604,7 @@ class Tries:
         Returns:
             One piece a shard, empty where nothing is new.
         """
-        node, legal = _news(self._arena, since)
+        node, legal = _news(self.arena, since)
         place = np.searchsorted(node, self._nodes["parent"][node])  # of the parent among them; a root's is nobody's
         is_root = self._nodes["parent"][node] < 0
         root = np.where(is_root, np.arange(len(node)), place)
@@ -675,7 +678,7 @@ class Tries:
             parent = _array(tensors["parent"][own] - start, np.int32)
             token = _array(tensors["token"][own], np.int32)
             log_p, legal = (_array(tensors[name][own], np.float64) for name in ("log_p", "legal"))
-            _merge(self._arena, trie, parent, token, log_p, legal, not foreign)
+            _merge(self.arena, trie, parent, token, log_p, legal, not foreign)
         self._state["epoch"] = epoch
         return self.nodes_used - before
 
@@ -711,7 +714,7 @@ class Tries:
             parent = _array(tensors["parent"][own] - starts[i], np.int32)
             token = _array(tensors["token"][own], np.int32)
             values = [_array(tensors[name][own], np.float64) for name in ("log_p", "log_c", "unvisited")]
-            _graft(self._arena, trie, parent, token, *values)
+            _graft(self.arena, trie, parent, token, *values)
             added += 1
         return added
 
@@ -727,5 +730,5 @@ def warm_up() -> None:
     (news,) = tries.news(0, {})
     tries.merge(news, {}, foreign=True)
     packed = tries._packed()
-    _evict(tries._arena, _victim(tries._tries, tries._state, False))
+    _evict(tries.arena, _victim(tries._tries, tries._state, False))
     tries._unpack(packed)
