@@ -8,6 +8,7 @@ A report is a JSON object: ``id``, ``created`` (Unix seconds), ``complete`` and 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
@@ -21,7 +22,9 @@ from vllm_align_spec.options import ReportOptions
 logger = logging.getLogger(__name__)
 
 INTERVAL_S = 0.05
-"""Shortest time between two calls to the workers: each one costs an asynchronous scheduler a bubble."""
+"""Shortest time between two calls to the workers: each one delays their next step."""
+UNHURRIED_S = 0.5
+"""That time where nobody waits for a report."""
 
 CALL_TIMEOUT_S = 30.0
 IDS_PER_CALL = 1024
@@ -41,20 +44,28 @@ class ReportCollector:
         self._ask = ask
         self._waiting: dict[str, asyncio.Future[Mapping[str, Any] | None]] = {}
         self._task: asyncio.Task[None] | None = None
+        self._hurried = asyncio.Event()
         self._warned = False
 
     def collect(self, ident: str) -> asyncio.Future[Mapping[str, Any] | None]:
-        """Asks for one report soon. The future yields None if it could not be had."""
+        """Asks for one report, sooner or later. The future yields None if it could not be had."""
         future: asyncio.Future[Mapping[str, Any] | None] = asyncio.get_running_loop().create_future()
         self._waiting[ident] = future
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
         return future
 
+    def hurry(self) -> None:
+        """Somebody waits for a report."""
+        self._hurried.set()
+
     async def _run(self) -> None:
         while self._waiting:
             # Also before the first call: whatever ends together is asked for together.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._hurried.wait(), UNHURRIED_S - INTERVAL_S)
             await asyncio.sleep(INTERVAL_S)
+            self._hurried.clear()
             batch = {ident: self._waiting.pop(ident) for ident in list(self._waiting)[:IDS_PER_CALL]}
             found: WorkerReports = {}
             metrics().report_calls.inc()
@@ -76,10 +87,11 @@ class ReportStore:
 
     Args:
         options: bounds in number and age.
+        hurry: called when somebody waits for a report that is not there yet.
     """
 
-    def __init__(self, options: ReportOptions) -> None:
-        self._options = options
+    def __init__(self, options: ReportOptions, hurry: Callable[[], None] = lambda: None) -> None:
+        self._options, self._hurry = options, hurry
         self._entries: OrderedDict[str, Entry] = OrderedDict()  # by request id, oldest first
         self._by_response: dict[str, dict[str, int]] = {}  # response id -> request id -> index of its prompt
 
@@ -101,6 +113,7 @@ class ReportStore:
         }
         if not found:
             return None
+        self._hurry()
         waits = [asyncio.ensure_future(entry.done.wait()) for entry in found]
         _, late = await asyncio.wait(waits, timeout=timeout_s)
         for wait in late:

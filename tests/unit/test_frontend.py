@@ -18,7 +18,7 @@ from vllm_align_spec.engine import frontend
 from vllm_align_spec.engine.facade import AlignSpecLogitsProcessor
 from vllm_align_spec.lab import model_path
 from vllm_align_spec.options import OptionError, ReportOptions, WsdOptions
-from vllm_align_spec.report import INTERVAL_S, ReportCollector, ReportStore
+from vllm_align_spec.report import INTERVAL_S, UNHURRIED_S, ReportCollector, ReportStore
 from vllm_align_spec.strategies.base import Chunk, EngineFacts, PilotError, Request, Scored
 from vllm_align_spec.strategies.wsd import WsdStrategy
 
@@ -65,8 +65,9 @@ class StandIn:
 
     async def call_utility_all_async(self, *args):
         self.rpcs.append(args)
-        ids = args[3][0]
-        return [[{}, {i: {"wsd": self.worker} for i in ids}]]
+        what, ids = args[3]
+        assert what == "reports"
+        return [[None, {i: {"wsd": self.worker} for i in ids}]]
 
 
 async def original(engine, prompt, params, request_id, **kwargs):
@@ -416,14 +417,18 @@ def test_reports_are_asked_for_in_batches_one_call_at_a_time():
     async def run():
         collector = ReportCollector(workers)
         first = [collector.collect(i) for i in ("a", "b", "lost")]
+        collector.hurry()
         await first[0]
         second = [collector.collect(i) for i in ("c", "d")]
-        return [await future for future in [*first, *second]]
+        collector.hurry()
+        await second[0]
+        third = [collector.collect("e")]  # nobody waits for it
+        return [await future for future in [*first, *second, *third]]
 
     answers = asyncio.run(run())
-    assert answers == [{"wsd": {}}, {"wsd": {}}, None, {"wsd": {}}, {"wsd": {}}]
-    assert [ids for _, ids in calls] == [["a", "b", "lost"], ["c", "d"]]
-    assert calls[1][0] - calls[0][0] >= INTERVAL_S
+    assert answers == [{"wsd": {}}, {"wsd": {}}, None, {"wsd": {}}, {"wsd": {}}, {"wsd": {}}]
+    assert [ids for _, ids in calls] == [["a", "b", "lost"], ["c", "d"], ["e"]]
+    assert INTERVAL_S <= calls[1][0] - calls[0][0] < UNHURRIED_S <= calls[2][0] - calls[1][0] + 1e-3
 
 
 def stored(store, request_id, choices=1):

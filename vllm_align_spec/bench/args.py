@@ -37,10 +37,12 @@ if TYPE_CHECKING:
     from vllm_align_spec.engine.offline import LLM
 
 TOKENS = 128
+FOREIGN_LEN = 2048
+"""Of the companion with another tokenizer, which needs more tokens for the longest prompts."""
 LOOP_TOKENS = 128
 TOP_K = 10
 WEIGHT = 1.0
-BASE, BATCHES, TOP_KS, PROMPTS = {"batch": 1, "k": TOP_K, "prompt": 0}, (1, 2, 4, 8, 16), (1, 5, 10, 40), (64, 256, 768)
+BASE, BATCHES, TOP_KS, PROMPTS = {"batch": 1, "k": TOP_K, "prompt": 0}, (1, 4, 8, 16), (1, 5, 10, 40), (64, 256, 768)
 
 
 def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
@@ -57,7 +59,7 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
         settings += [{**BASE, "batch": batch, "k": k} for batch in (1, 8) for k in TOP_KS if k != TOP_K]
         settings += [{**BASE, "batch": 8, "prompt": length} for length in PROMPTS]
     weights = (0.0, 1.0, 3.0) if quick else (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
-    repeats, loops, count = (6, 2, 32) if quick else (8, 6, 96)
+    repeats, loops, count = (6, 2, 32) if quick else (6, 6, 96)
     result = Result("args")
     sizes = {name: _size(name) for name in ("base", "judge")}
     result.setting |= {
@@ -104,6 +106,7 @@ def _save_foreign_judge(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(lab.model_path("pilot-other"))
     config = AutoConfig.from_pretrained(lab.model_path("judge"))
     config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
+    config.max_position_embeddings = FOREIGN_LEN
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -111,7 +114,7 @@ def _save_foreign_judge(folder: Path) -> None:
 def _settings(foreign: Path) -> dict[str, Any]:
     companions = {
         "judge": {"model": str(lab.model_path("judge")), "role": "reward"},
-        "foreign": {"model": str(foreign), "role": "reward"},
+        "foreign": {"model": str(foreign), "role": "reward", "max_len": FOREIGN_LEN},
     }
     return {
         "max_model_len": 1024,

@@ -150,8 +150,8 @@ class Frontend:
         self._places = {
             name: asyncio.Semaphore(one.max_slots) for name, one in self.facts.companions.items() if one.max_slots
         }
-        self.reports = ReportStore(self.options.reports)
         self.collector = ReportCollector(self._ask_workers)
+        self.reports = ReportStore(self.options.reports, self.collector.hurry)
         self._strategies = {strategy.method: strategy for strategy in registry.strategies()}
         self._finishing: set[asyncio.Task[None]] = set()
         self.pilot = Pilot(self.options.wsd.pilot) if self.options.wsd.pilot else None
@@ -377,6 +377,7 @@ class Frontend:
     async def _insist(self, method: str, choices: Sequence[_Choice]) -> None:
         """For strict requests, which pay for it: no end of the response before the workers say that all went well."""
         asked = [choice.ask() for choice in choices]
+        self.collector.hurry()
         for answer in itertools.chain.from_iterable(asked):
             found = _of_method(method, await answer)
             if found is None or found.get("reason") == "failed":
@@ -486,7 +487,9 @@ class _Choice:
 
     async def worker_reports(self) -> Sequence[Mapping[str, Any] | None]:
         """See `strategies.base.Engine.worker_reports`."""
-        return [_of_method(self._call.strategy.method, await answer) for answer in self.ask()]
+        asked = self.ask()
+        self._frontend.collector.hurry()
+        return [_of_method(self._call.strategy.method, await answer) for answer in asked]
 
     async def generate(
         self,
