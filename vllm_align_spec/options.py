@@ -105,7 +105,9 @@ class CompanionOptions(_Tree):
         "auto", description="Of weights and cache; `auto` is the target's."
     )
     max_slots: int | None = Field(None, ge=1, description="Requests that it follows at once; default --max-num-seqs.")
-    max_len: int | None = Field(None, ge=16, description="Longest sequence in tokens; default --max-model-len.")
+    max_len: int | None = Field(
+        None, ge=16, description="Longest sequence in its own tokens; default --max-model-len, never more than it can."
+    )
     max_candidates: int = Field(40, ge=1, le=256, description="`reward`: most tokens that it scores for each row.")
 
 

@@ -55,7 +55,8 @@ class Companion:
         slots: requests that the engine runs at once.
         rows: L, the most tokens that a request is fed in one step.
         entries: E, as in `processors.rows.Layout`.
-        max_len: longest sequence of the engine, in tokens.
+        max_len: longest sequence of the engine, in tokens, unless ``options`` name another: with a tokenizer of its own a
+            companion may need more.
 
     Raises:
         OptionError: the model cannot be a companion, or does not fit into memory.
@@ -78,7 +79,7 @@ class Companion:
         dtype = dtype if options.dtype == "auto" else getattr(torch, options.dtype)
         config = load_config(name, options)
         text = config.get_text_config()
-        self.max_len = min(max_len, options.max_len or max_len, text.max_position_embeddings)
+        self.max_len = min(options.max_len or max_len, text.max_position_embeddings)
         self.max_candidates = options.max_candidates if options.role == "reward" else 0
         self.slots = min(slots, options.max_slots or slots)
         # The last column takes what must not be seen.

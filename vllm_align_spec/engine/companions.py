@@ -81,7 +81,7 @@ def facts(config: Any, options: EngineOptions) -> dict[str, CompanionFacts]:
     found = {}
     for name, one in options.companions.items():
         text = load_config(name, one).get_text_config()
-        limit = min(config.model_config.max_model_len, one.max_len or 2**62, text.max_position_embeddings)
+        limit = min(one.max_len or config.model_config.max_model_len, text.max_position_embeddings)
         bridged = _other_tokens(config.model_config, name, one) is not None
         found[name] = CompanionFacts(one.role, limit, one.max_candidates, bridged, one.max_slots)
     return found
