@@ -55,8 +55,8 @@ class Companion:
         slots: requests that the engine runs at once.
         rows: L, the most tokens that a request is fed in one step.
         entries: E, as in `processors.rows.Layout`.
-        max_len: longest sequence of the engine, in tokens, unless ``options`` name another: with a tokenizer of its own a
-            companion may need more.
+        max_len: longest sequence of the engine, in tokens. ``options`` may name another: with a tokenizer of its own
+            a companion may need more.
 
     Raises:
         OptionError: the model cannot be a companion, or does not fit into memory.
