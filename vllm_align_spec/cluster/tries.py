@@ -119,8 +119,8 @@ class Sharing:
             Exception: the workers failed.
         """
         # What came last time is given to the workers in the call that asks them, since each call delays a step.
-        engines = await self._call("tries", [place.ours for place in self._places], self._news)
-        self._news = []
+        news, self._news = self._news, []  # also where the workers refuse them: not again and again
+        engines = await self._call("tries", [place.ours for place in self._places], news)
         if not engines:
             return []
         now = int(engines[0][1])

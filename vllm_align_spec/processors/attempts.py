@@ -14,7 +14,7 @@ import numpy as np
 
 from vllm_align_spec.processors.asap import ATTEMPT, PLACE, State
 from vllm_align_spec.processors.loops import jit
-from vllm_align_spec.processors.trie import Arena, Tries, children, find, record
+from vllm_align_spec.processors.trie import BYTES_PER_NODE, Arena, Tries, children, find, record
 
 _Array = np.ndarray[Any, np.dtype[Any]]
 _LIVE, _REJECTED, _DEAD_END, _FAILED = (int(state) for state in State)
@@ -211,7 +211,7 @@ def take_in(
 
 def warm_up() -> None:
     """Compiles everything: some seconds once on a machine, then from numba's cache."""
-    tries = Tries(2 * PLACE.itemsize)
+    tries = Tries(BYTES_PER_NODE)
     attempt, place, before = np.zeros(1, ATTEMPT), np.zeros(1, PLACE), np.zeros(1, PLACE)
     ends, entry, count = np.full((1, 1), -1), np.zeros(1, np.int64), np.zeros(1, np.int64)
     draft = np.full((1, 1), -1)

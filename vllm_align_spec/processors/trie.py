@@ -83,12 +83,13 @@ def _at_most_zero(log_value: float) -> float:
 
 
 @jit
-def _log_c(nodes: _Records, node: int) -> float:
-    """The recursion of the module docstring, in one pass over the children."""
+def _log_c(nodes: _Records, node: int, visited: bool = True) -> float:
+    """The recursion of the module docstring, in one pass over the children; or, with c~ = 1 for the visited ones too,
+    the log mass of all legal children."""
     top, total = nodes[node].unvisited, 1.0
     child = nodes[node].first_child
     while child >= 0:
-        term = nodes[child].log_p + nodes[child].log_c
+        term = nodes[child].log_p + (nodes[child].log_c if visited else 0.0)
         if term > top:
             total = total * math.exp(top - term) + 1.0
             top = term
@@ -330,22 +331,6 @@ def _graft(
 
 
 @jit
-def _legal(nodes: _Records, node: int) -> float:
-    """Log mass of all legal children, visited or not."""
-    top, total = nodes[node].unvisited, 1.0
-    child = nodes[node].first_child
-    while child >= 0:
-        term = nodes[child].log_p
-        if term > top:
-            total = total * math.exp(top - term) + 1.0
-            top = term
-        elif term > -math.inf:
-            total += math.exp(term - top)
-        child = nodes[child].next_sibling
-    return _at_most_zero(top + math.log(total))
-
-
-@jit
 def _news(arena: Arena, since: int) -> tuple[_Int32, _Float]:
     """The nodes made since an epoch and all that lead to them, by number, and the mass of each one's legal children."""
     nodes, _, state, epochs = arena
@@ -362,7 +347,7 @@ def _news(arena: Arena, since: int) -> tuple[_Int32, _Float]:
     for node in range(state[0].untouched):
         if nodes[node].queued:
             nodes[node].queued = 0
-            found[count], legal[count] = node, _legal(nodes, node)
+            found[count], legal[count] = node, _at_most_zero(_log_c(nodes, node, False))
             count += 1
     return found, legal
 
