@@ -1,11 +1,11 @@
-"""Speed and effect of reward-guided search on the lab's models.
+"""Speed and effect of reward-guided search, and effect of realignment, on the lab's models.
 
 Speed is that of equally long answers (``ignore_eos``), greedy, by one engine: guided and plain requests run one right
 after the other, so that a slow moment of the machine hits both. The loop that it is also held against is the published
 one with transformers (`args_loop`), on the same prompts; its tokens are compared with the engine's.
 
 Effect is the reward of sampled answers of natural length by the judge that did not guide, and their perplexity under
-the base model, over the weight.
+the base model: over the weight of ARGS, and over the lambda of DeRa with the lab's small aligned model.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ FOREIGN_LEN = 2048
 """Of the companion with another tokenizer, which needs more tokens for the longest prompts."""
 LOOP_TOKENS = 128
 TOP_K = 10
+REPEATS = {"speed": 6, "growth": 4}
 WEIGHT = 1.0
+WEIGHT_SIGN, LAMBDA_SIGN = "w = ", "λ = "
+"""What the names of sampled answers begin with."""
 BASE, BATCHES, TOP_KS, PROMPTS = {"batch": 1, "k": TOP_K, "prompt": 0}, (1, 4, 8, 16), (1, 5, 10, 40), (64, 256, 768)
 
 
@@ -59,20 +62,27 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
         settings += [{**BASE, "batch": batch, "k": k} for batch in (1, 8) for k in TOP_KS if k != TOP_K]
         settings += [{**BASE, "batch": 8, "prompt": length} for length in PROMPTS]
     weights = (0.0, 1.0, 3.0) if quick else (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
-    repeats, loops, count = (6, 2, 32) if quick else (6, 6, 96)
+    lambdas = (0.5, 1.0) if quick else (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+    answers: dict[str, dict[str, Any] | None] = {"plain": None}
+    answers |= {f"{WEIGHT_SIGN}{weight:g}": _options(weight) for weight in weights}
+    answers |= {
+        f"{LAMBDA_SIGN}{value:g}": {"dera": "on", "dera_model": "aligned", "dera_lambda": value} for value in lambdas
+    }
+    loops, count = (2, 32) if quick else (6, 64)
     result = Result("args")
-    sizes = {name: _size(name) for name in ("base", "judge")}
+    sizes = {name: _size(name) for name in ("base", "judge", "pilot")}
     result.setting |= {
-        "models": {"base": "lab base", "companion": "lab judge", "judge": "lab judge-other"},
+        "models": {"base": "lab base", "reward": "lab judge", "aligned": "lab pilot", "judge": "lab judge-other"},
         "parameters": sizes,
         "tokens": TOKENS,
         "loop_tokens": LOOP_TOKENS,
-        "repeats": repeats,
+        "repeats": REPEATS,
         "prompts": count,
         "weights": list(weights),
+        "lambdas": list(lambdas),
         "quick": quick,
     }
-    with tempfile.TemporaryDirectory() as folder:
+    with result.kept(out), tempfile.TemporaryDirectory() as folder:
         foreign = Path(folder)
         _save_foreign_judge(foreign)
         with (
@@ -80,16 +90,16 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
             Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress,
         ):
             prompts = _prompts(engine)
-            task = progress.add_task("", total=len(settings) + loops + len(weights) + 1)
+            task = progress.add_task("", total=len(settings) + loops + len(answers))
             for setting in settings:
                 progress.update(task, description=", ".join(f"{name} {value}" for name, value in setting.items()))
-                _measure(engine, prompts, setting, repeats, result)
+                _measure(engine, prompts, setting, REPEATS["growth" if _grown(setting) else "speed"], result)
                 progress.advance(task)
             progress.update(task, description="the published loop")
             _loop(engine, prompts[:loops], result, lambda: progress.advance(task))
-            for weight in (None, *weights):
-                progress.update(task, description=f"answers, {_way(weight)}")
-                _answers(engine, prompts[:count], weight, result)
+            for way, options in answers.items():
+                progress.update(task, description=f"answers, {way}")
+                _answers(engine, prompts[:count], way, options, result)
                 progress.advance(task)
         del engine
         gc.collect()  # an engine that is only collected as the interpreter exits complains
@@ -115,6 +125,7 @@ def _settings(foreign: Path) -> dict[str, Any]:
     companions = {
         "judge": {"model": str(lab.model_path("judge")), "role": "reward"},
         "foreign": {"model": str(foreign), "role": "reward", "max_len": FOREIGN_LEN},
+        "aligned": {"model": str(lab.model_path("pilot")), "role": "lm"},
     }
     return {
         "max_model_len": 1024,
@@ -125,7 +136,7 @@ def _settings(foreign: Path) -> dict[str, Any]:
 
 
 def _engine(foreign: Path) -> LLM:
-    return start_engine(str(lab.model_path("base")), "the judge as its companion", **_settings(foreign))
+    return start_engine(str(lab.model_path("base")), "its companions", **_settings(foreign))
 
 
 def _shares(result: Result, settings: dict[str, Any], prompts: list[list[int]]) -> None:
@@ -169,22 +180,19 @@ def _prompts(engine: LLM) -> list[list[int]]:
 def _generate(
     engine: LLM,
     prompts: Sequence[list[int]],
-    weight: float | None,
-    top_k: int = TOP_K,
-    companion: str = "judge",
+    options: dict[str, Any] | None,
     **params: Any,
 ) -> tuple[float, list[Any]]:
-    """Seconds and outputs; a weight of None is plain decoding."""
+    """Seconds and outputs; without options it is plain decoding."""
     from vllm import SamplingParams
 
-    guided = None if weight is None else _options(weight, top_k, companion)
     told = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True, **params}
     time.sleep(PAUSE_S)
     began = time.perf_counter()
     outputs = engine.generate(
         [{"prompt_token_ids": ids} for ids in prompts],
         [
-            SamplingParams(extra_args=guided, seed=i if told["temperature"] else None, **told)
+            SamplingParams(extra_args=options, seed=i if told["temperature"] else None, **told)
             for i in range(len(prompts))
         ],
         use_tqdm=False,
@@ -197,6 +205,11 @@ def setting_name(setting: dict[str, int]) -> str:
     return ", ".join(f"{name} {value}" for name, value in setting.items())
 
 
+def _grown(setting: dict[str, int]) -> bool:
+    """Whether it is one of those that show how cost grows, and not one of the batches alone."""
+    return any(setting[name] != BASE[name] for name in ("k", "prompt"))
+
+
 def _measure(engine: LLM, prompts: list[list[int]], setting: dict[str, int], repeats: int, result: Result) -> None:
     """Plain and guided in turn; the first round warms up and does not count."""
     batch, length = setting["batch"], setting["prompt"]
@@ -206,11 +219,11 @@ def _measure(engine: LLM, prompts: list[list[int]], setting: dict[str, int], rep
         chosen = [prompts[(first + i) % len(prompts)] for i in range(batch)]
         if length:
             chosen = [(prompt * (length // len(prompt) + 1))[-length:] for prompt in chosen]
-        ways = (("plain", None, "judge"), ("guided", WEIGHT, "judge"), ("bridged", WEIGHT, "foreign"))
-        for way, weight, companion in ways:
-            if way == "bridged" and setting["k"] != TOP_K:
-                continue
-            spent, _ = _generate(engine, chosen, weight, setting["k"], companion)
+        ways = {"plain": None, "guided": _options(WEIGHT, setting["k"])}
+        if not _grown(setting):
+            ways["bridged"] = _options(WEIGHT, companion="foreign")
+        for way, options in ways.items():
+            spent, _ = _generate(engine, chosen, options)
             if repeat >= 0:
                 seconds[way].append(spent)
     result.samples.setdefault("seconds", {})[setting_name(setting)] = seconds
@@ -230,7 +243,7 @@ def _loop(engine: LLM, prompts: list[list[int]], result: Result, advance: Any) -
     seconds: dict[str, list[float]] = {"loop": [], "guided": []}
     same = []
     for prompt in prompts:
-        spent, (output,) = _generate(engine, [prompt], WEIGHT, max_tokens=LOOP_TOKENS)
+        spent, (output,) = _generate(engine, [prompt], _options(WEIGHT), max_tokens=LOOP_TOKENS)
         seconds["guided"].append(spent)
         began = time.perf_counter()
         tokens = args_loop(base, judge, prompt, weight=WEIGHT, top_k=TOP_K, max_new_tokens=LOOP_TOKENS, stop_ids=())
@@ -241,18 +254,14 @@ def _loop(engine: LLM, prompts: list[list[int]], result: Result, advance: Any) -
     result.samples["loop_same_tokens"] = same
 
 
-def _way(weight: float | None) -> str:
-    return "plain" if weight is None else f"w = {weight:g}"
-
-
-def _answers(engine: LLM, prompts: list[list[int]], weight: float | None, result: Result) -> None:
+def _answers(engine: LLM, prompts: list[list[int]], way: str, options: dict[str, Any] | None, result: Result) -> None:
     """Rewards and log-probabilities of sampled answers."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from vllm_align_spec.lab.judge import Judge
 
-    _, outputs = _generate(engine, prompts, weight, temperature=1.0, ignore_eos=False, max_tokens=160)
+    _, outputs = _generate(engine, prompts, options, temperature=1.0, ignore_eos=False, max_tokens=160)
     questions = lab.heldout_prompts("chat")[: len(prompts)]
     said = [
         [*question, {"role": "assistant", "content": output.outputs[0].text}]
@@ -267,11 +276,15 @@ def _answers(engine: LLM, prompts: list[list[int]], weight: float | None, result
             rows = base(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             logs.append(float(rows.gather(1, torch.tensor(tokens)[:, None]).sum()))
             lengths.append(len(tokens))
-    result.samples.setdefault("answers", {})[_way(weight)] = {
+    result.samples.setdefault("answers", {})[way] = {
         "rewards": Judge("judge-other").score(said),
         "log_p": logs,
         "tokens": lengths,
     }
+
+
+def _figure_name(way: str) -> str:
+    return way.replace(WEIGHT_SIGN, "weight_").replace(LAMBDA_SIGN, "lambda_")
 
 
 def _figures(result: Result) -> None:
@@ -281,7 +294,7 @@ def _figures(result: Result) -> None:
         aim = ">= 0.65" if not changed and words["batch"] in ("1", "8") else ""
         found = median(ratios(seconds["plain"], seconds["guided"]), aim)
         result.figures[f"throughput_ratio_batch_{words['batch']}{changed}"] = found
-        if seconds["bridged"] and not changed:
+        if seconds["bridged"]:
             found = median(ratios(seconds["plain"], seconds["bridged"]))
             result.figures[f"throughput_ratio_batch_{words['batch']}_other_tokenizer"] = found
     seconds = result.samples["loop_seconds"]
@@ -290,17 +303,17 @@ def _figures(result: Result) -> None:
     answers = result.samples["answers"]
     plain = answers["plain"]["rewards"]
     for way, told in answers.items():
-        name = way.replace("w = ", "weight_")
+        name = _figure_name(way)
         uplift = [reward - without for reward, without in zip(told["rewards"], plain, strict=True)]
         result.figures[f"reward_{name}"] = mean(told["rewards"])
         if way != "plain":
-            result.figures[f"reward_uplift_{name}"] = mean(uplift, "> 0" if way != "w = 0" else "")
+            result.figures[f"reward_uplift_{name}"] = mean(uplift, "> 0" if way != f"{WEIGHT_SIGN}0" else "")
         perplexity = math.exp(-sum(told["log_p"]) / sum(told["tokens"]))
         result.figures[f"perplexity_{name}"] = median([perplexity])
 
 
 def _draw(result: Result, out: Path) -> None:
-    (batch_axis, growth_axis, effect_axis), save = axes(out, "args", 3, "Reward-guided search on the lab models")
+    (batch_axis, growth_axis, weight_axis), save = axes(out, "args", 3, "Reward-guided search on the lab models")
 
     def line(axis: Any, changed: str, values: Sequence[int], fixed: dict[str, int], label: str) -> None:
         names = {value: setting_name({**BASE, **fixed, changed: value}) for value in values}
@@ -321,13 +334,20 @@ def _draw(result: Result, out: Path) -> None:
     growth_axis.set_xscale("log")
     growth_axis.set(xlabel="k, or prompt tokens", ylabel="tokens/s / plain decoding's", ylim=(0, 1.05))
     growth_axis.legend(fontsize=7)
-    ways = list(result.samples["answers"])
-    names = [way.replace("w = ", "weight_") for way in ways]
-    rewards = [result.figures[f"reward_{name}"] for name in names]
-    errors = [[f.value - f.low for f in rewards], [f.high - f.value for f in rewards]]
-    perplexities = [result.figures[f"perplexity_{name}"].value for name in names]
-    effect_axis.errorbar(perplexities, [f.value for f in rewards], yerr=errors, capsize=3, marker="o")
-    for way, x, figure in zip(ways, perplexities, rewards, strict=True):
-        effect_axis.annotate(way, (x, figure.value), textcoords="offset points", xytext=(5, -9), fontsize=7)
-    effect_axis.set(xlabel="perplexity under base", ylabel="reward (judge-other)")
+    _draw_effect(weight_axis, result, WEIGHT_SIGN)
     save()
+    (lambda_axis,), save = axes(out, "dera", 1, "Realignment on the lab models")
+    _draw_effect(lambda_axis, result, LAMBDA_SIGN)
+    save()
+
+
+def _draw_effect(axis: Any, result: Result, sign: str) -> None:
+    """Reward against perplexity, from plain decoding along one knob."""
+    ways = [way for way in result.samples["answers"] if way == "plain" or way.startswith(sign)]
+    rewards = [result.figures[f"reward_{_figure_name(way)}"] for way in ways]
+    errors = [[f.value - f.low for f in rewards], [f.high - f.value for f in rewards]]
+    perplexities = [result.figures[f"perplexity_{_figure_name(way)}"].value for way in ways]
+    axis.errorbar(perplexities, [f.value for f in rewards], yerr=errors, capsize=3, marker="o")
+    for way, x, figure in zip(ways, perplexities, rewards, strict=True):
+        axis.annotate(way, (x, figure.value), textcoords="offset points", xytext=(5, -9), fontsize=7)
+    axis.set(xlabel="perplexity under base", ylabel="reward (judge-other)")

@@ -1,5 +1,7 @@
 """Time, reward and judge calls of cascade reward sampling on the lab's models, against ARGS as it is published.
 
+Reward and price are also those of best-of-N with the same judge, so that one picture shows what a reward costs.
+
 The published loop (`args_loop`) and CARDS are guided by one judge; rewards are those of another, which no decoding
 consults. Time is that of equally long answers, one prompt at a time, each way right after the other: as long as CARDS'
 own, because tokens beyond an answer's natural end please no judge and would be tried again and again. Reward is that
@@ -31,11 +33,21 @@ ARGS = {"weight": 1.5, "top_k": 10}
 """As published."""
 CANDIDATES = (1, 2, 4)
 MAIN = 2
-SHARE = 0.8
+SHARES = (0.5, 0.75, 0.9)
+"""Quantiles of plain answers' rewards that become the target; the middle one, which `calibrate` proposes, is the one
+that all other figures are of."""
 SEGMENT_TOKENS = 12
 MARGIN = 0.5
 """Reward that CARDS may lie below ARGS and still count as not inferior; the judge's spread is about ten times that."""
 WAYS = ("plain", "args_loop", *(f"cards_{n}" for n in CANDIDATES))
+
+
+BEST_OF = (2, 4, 8, 16)
+
+
+def _of_share(share: float) -> str:
+    """Answers of one target among the samples."""
+    return "cards" if share == SHARES[1] else f"cards_at_{share:g}"
 
 
 def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
@@ -62,25 +74,29 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
     rewards = {"judge": {"kind": "model", "model": str(lab.model_path("judge")), "timeout_s": 120.0}}
     loop = _Loop()
     questions = lab.heldout_prompts("chat")
-    with start_engine(
-        str(lab.model_path("base")),
-        "a judge",
-        max_model_len=1024,
-        max_num_seqs=16,
-        additional_config={"align_spec": {"rewards": rewards}},
-    ) as engine:
+    with (
+        result.kept(out),
+        start_engine(
+            str(lab.model_path("base")),
+            "a judge",
+            max_model_len=1024,
+            max_num_seqs=16,
+            additional_config={"align_spec": {"rewards": rewards}},
+        ) as engine,
+    ):
         asked = [
             engine.get_tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
             for messages in questions
         ]
         with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
             task = progress.add_task("calibration", total=3)
-            options = _calibrate(engine, questions[-calibration:])
-            result.setting["cards"] = options
+            targets = _calibrate(engine, questions[-calibration:])
+            options = targets[SHARES[1]]
+            result.setting["cards"] = {f"quantile {share:g}": one for share, one in targets.items()}
             progress.update(task, advance=1, description="time")
             _times(engine, loop, options, asked, repeats, result)
             progress.update(task, advance=1, description="rewards")
-            _rewards(engine, loop, options, questions[:prompts], asked, result)
+            _rewards(engine, loop, targets, questions[:prompts], asked, result)
             progress.advance(task)
     del engine
     gc.collect()  # an engine that is only collected as the interpreter exits complains
@@ -115,25 +131,28 @@ class _Loop:
         )
 
 
-def _calibrate(engine: LLM, questions: Sequence[list[dict[str, str]]]) -> dict[str, Any]:
+def _calibrate(engine: LLM, questions: Sequence[list[dict[str, str]]]) -> dict[float, dict[str, Any]]:
+    """Options for each of `SHARES`."""
     plain = {"cards": "on", "cards_threshold": 0.0, "cards_max_tries": 1}
     choices = [
         choice
         for seed in range(4)
         for choice in _answers(engine, questions, [_params(seed, plain)] * len(questions))[1]
     ]
-    target = quantile([choice["segments"][-1]["reward"] for choice in choices], SHARE)
+    rewards = [choice["segments"][-1]["reward"] for choice in choices]
     boundary = entropy_for([choice["entropies"] for choice in choices], SEGMENT_TOKENS)
-    return {"cards": "on", "cards_threshold": round(target, 2), "cards_entropy": boundary, "cards_candidates": MAIN}
+    same = {"cards": "on", "cards_entropy": boundary, "cards_candidates": MAIN}
+    return {share: {**same, "cards_threshold": round(quantile(rewards, share), 2)} for share in SHARES}
 
 
 def _params(seed: int, extra: dict[str, Any] | None, *, tokens: int | None = None) -> Any:
     """Of one answer; of ``tokens`` tokens, or of natural length."""
     from vllm import SamplingParams
 
+    own = extra is not None and "cards" in extra  # it draws with parameters of its own: those that the others get
     return SamplingParams(
-        temperature=0.7 if extra is None else 1.0,  # CARDS has its own, which is this
-        top_k=40 if extra is None else 0,
+        temperature=1.0 if own else 0.7,
+        top_k=0 if own else 40,
         seed=seed,
         max_tokens=tokens or TOKENS,
         ignore_eos=tokens is not None,
@@ -194,7 +213,7 @@ def _times(
 def _rewards(
     engine: LLM,
     loop: _Loop,
-    options: dict[str, Any],
+    targets: dict[float, dict[str, Any]],
     questions: Sequence[list[dict[str, str]]],
     asked: Sequence[list[int]],
     result: Result,
@@ -203,13 +222,14 @@ def _rewards(
 
     tokenizer = engine.get_tokenizer()
     count = len(questions)
-    texts = {
-        way: [
-            output.outputs[0].text
-            for output in _answers(engine, questions, [_params(1000 + i, extra) for i in range(count)])[0]
-        ]
-        for way, extra in (("plain", None), ("cards", options))
-    }
+    texts: dict[str, list[str]] = {}
+    dearness: dict[str, list[float]] = result.samples.setdefault("sampled_tokens_per_token", {})
+    ways = {"plain": None, **{_of_share(share): options for share, options in targets.items()}}
+    ways |= {f"best_of_{n}": {"bon": n, "bon_reward": "judge"} for n in BEST_OF}
+    for way, extra in ways.items():
+        outputs, choices = _answers(engine, questions, [_params(1000 + i, extra) for i in range(count)])
+        texts[way] = [output.outputs[0].text for output in outputs]
+        dearness[way] = [one["sampled_tokens"] / max(one["response_tokens"], 1) for one in choices] or [1.0] * count
     texts["args_loop"] = [
         tokenizer.decode(loop(prompt, TOKENS, [tokenizer.eos_token_id]), skip_special_tokens=True)
         for prompt in asked[:count]
@@ -241,16 +261,18 @@ def _figures(result: Result) -> None:
     for way, found in rewards.items():
         figures[f"reward_{way}"] = mean(found)
     figures["judge_calls_per_128_tokens"] = mean([128 * c["judge_calls"] / c["response_tokens"] for c in costs[main]])
-    figures["sampled_tokens_per_token"] = mean([c["sampled_tokens"] / c["response_tokens"] for c in costs[main]])
     for fate in ("accepted", "best", "rejected", "surplus"):
         figures[f"candidates_{fate}"] = mean([c["candidates"][fate] for c in costs[main]])
     figures["segment_tokens"] = mean([s["tokens"] for c in costs[main] for s in c["segments"]])
+    for way, dear in result.samples["sampled_tokens_per_token"].items():
+        if way != "plain":
+            figures[f"sampled_tokens_per_token_{way}"] = mean(dear)
     for n in CANDIDATES[1:]:
         figures[f"time_ratio_{n}_at_once_to_one"] = median(ratios(seconds[f"cards_{n}"], seconds["cards_1"]))
 
 
 def _draw(result: Result, out: Path) -> None:
-    (time_axis, reward_axis), save = axes(out, "cards", 2, "Cascade reward sampling on the lab models")
+    (time_axis, reward_axis, trade_axis), save = axes(out, "cards", 3, "Cascade reward sampling on the lab models")
     seconds = result.samples["seconds"]
     found = [median(seconds[way]) for way in WAYS]
     errors = [[f.value - f.low for f in found], [f.high - f.value for f in found]]
@@ -263,4 +285,22 @@ def _draw(result: Result, out: Path) -> None:
     reward_axis.bar(names, [f.value for f in found], yerr=errors, capsize=4)
     reward_axis.axhline(0, color="black", linewidth=0.8)
     reward_axis.set(ylabel="reward (judge-other)", title=f"{result.setting['reward_prompts']} held-out prompts")
+    for way, dear in result.samples["sampled_tokens_per_token"].items():
+        cost, reward = mean(dear), result.figures[f"reward_{way}"]
+        trade_axis.errorbar(
+            cost.value,
+            reward.value,
+            xerr=[[cost.value - cost.low], [cost.high - cost.value]],
+            yerr=[[reward.value - reward.low], [reward.high - reward.value]],
+            fmt="o",
+            capsize=3,
+            label=f"cards at {SHARES[1]:g}" if way == "cards" else way.replace("_", " "),
+        )
+    trade_axis.set(
+        xlabel="sampled tokens per token delivered",
+        ylabel="reward (judge-other)",
+        xscale="log",
+        title="price of a reward",
+    )
+    trade_axis.legend(fontsize=7)
     save()

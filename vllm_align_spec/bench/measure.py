@@ -10,7 +10,8 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,17 @@ class Result:
             spread = f"{figure.low:.3f} to {figure.high:.3f}" if figure.low != figure.high else ""
             table.add_row(name, f"{figure.value:.3f}", spread, figure.target)
         console.print(table)
+
+    @contextmanager
+    def kept(self, out: Path) -> Iterator[None]:
+        """Writes what was measured so far if the bench ends early: some take half an hour."""
+        try:
+            yield
+        except BaseException:
+            file = out / f"{self.bench}.unfinished.json"
+            self.write(file)
+            console.print(f"not finished; what was measured until then: {file}")
+            raise
 
     def finish(self, json_file: Path | None, out: Path, started: float) -> None:
         """Shows the table and writes the JSON."""
