@@ -109,7 +109,7 @@ def test_a_conversation_that_is_cut_before_anybody_answers_is_left_out(tokenizer
 def test_the_last_row_has_no_next_token_and_padding_no_row(tokenizer):
     pairs = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": t}] for t in ("b", "b c d e")]
     examples = [data.encode(p, tokenizer, 99) for p in pairs]
-    batch = data.collate(examples)
+    batch = data.collate(examples, range(2))
     for b, example in enumerate(examples):
         length = len(example.ids)
         assert batch.mask[b, : length - 1].tolist() == example.spoken[:-1].tolist()
@@ -300,6 +300,41 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(trained, tmp_pat
     assert whole.state == resumed.state
 
 
+def logged(folder, key):
+    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [record[key] for record in records if key in record]
+
+
+def test_features_that_are_read_are_those_that_were_computed(trained, tmp_path):
+    long = {"max_steps": 30, "schedule_steps": 30, "evaluate_every": 30}  # 18 steps an epoch
+    train(config(trained, tmp_path / "computed", **long), console=_silent())
+    shared = {**long, "feature_cache": tmp_path / "features"}
+    train(config(trained, tmp_path / "read", **shared), console=_silent())
+    # Computed in other company, a row's last bits may differ.
+    assert_same(weights(tmp_path / "computed"), weights(tmp_path / "read"), atol=1e-5)
+    found = logged(tmp_path / "read", "features_read")
+    epoch = 18
+    assert found[:epoch] == [0] * epoch
+    assert sum(found[epoch:]) >= 4 * (30 - epoch) - 3  # an incomplete batch is left out of an epoch
+    train(config(trained, tmp_path / "again", variant="griffin", **shared), console=_silent())
+    assert set(logged(tmp_path / "again", "features_read")) == {4}
+
+
+def test_features_take_no_more_disk_than_they_may(trained, tmp_path):
+    folder = tmp_path / "features"
+    options = {"feature_cache": folder, "feature_cache_gb": 20e-6, "max_steps": 30, "evaluate_every": 30}
+    train(config(trained, tmp_path / "run", **options), console=_silent())
+    assert 10_000 < sum(shard.stat().st_size for shard in folder.glob("*.safetensors")) < 24_000  # headers on top
+    assert 0 < sum(logged(tmp_path / "run", "features_read")) < 4 * 12
+
+
+def test_features_of_something_else_are_refused_by_name(trained, tmp_path):
+    options = {"feature_cache": tmp_path / "features", "max_steps": 1}
+    train(config(trained, tmp_path / "one", **options), console=_silent())
+    with pytest.raises(ValueError, match=r"features of another run \(conversations differ\)"):
+        train(config(trained, tmp_path / "two", max_length=12, **options), console=_silent())
+
+
 def test_a_run_that_was_begun_otherwise_is_not_resumed(trained, tmp_path):
     train(config(trained, tmp_path, max_steps=3), console=_silent())
     with pytest.raises(ValueError, match=r"learning_rate was 0\.001 and is 0\.002"):
@@ -403,7 +438,7 @@ def test_the_schedule_rises_and_falls_linearly(trained, tmp_path):
 
 def test_noise_has_the_published_width(trained, tmp_path):
     run = _Run(config(trained, tmp_path), console=_silent())
-    batch = data.collate(run.data.train[:4])
+    batch = data.collate(run.data.train[:4], range(4))
     micro = run._micro(batch, 0)
     for b, length in enumerate(batch.length.tolist()):
         noise = (micro.noisy - micro.features)[b].flatten()

@@ -342,12 +342,18 @@ def _draw(result: Result, out: Path) -> None:
 
 
 def _draw_effect(axis: Any, result: Result, sign: str) -> None:
-    """Reward against perplexity, from plain decoding along one knob."""
-    ways = [way for way in result.samples["answers"] if way == "plain" or way.startswith(sign)]
+    """Reward, and perplexity on the right, over one knob; plain decoding's as lines across."""
+    ways = [way for way in result.samples["answers"] if way.startswith(sign)]
+    knob = [float(way.removeprefix(sign)) for way in ways]
     rewards = [result.figures[f"reward_{_figure_name(way)}"] for way in ways]
     errors = [[f.value - f.low for f in rewards], [f.high - f.value for f in rewards]]
-    perplexities = [result.figures[f"perplexity_{_figure_name(way)}"].value for way in ways]
-    axis.errorbar(perplexities, [f.value for f in rewards], yerr=errors, capsize=3, marker="o")
-    for way, x, figure in zip(ways, perplexities, rewards, strict=True):
-        axis.annotate(way, (x, figure.value), textcoords="offset points", xytext=(5, -9), fontsize=7)
-    axis.set(xlabel="perplexity under base", ylabel="reward (judge-other)")
+    axis.errorbar(knob, [f.value for f in rewards], yerr=errors, capsize=3, marker="o")
+    axis.axhline(result.figures["reward_plain"].value, color="C0", linestyle=":", linewidth=0.8)
+    axis.set(xlabel=sign.partition(" ")[0], ylabel="reward by judge-other")
+    axis.yaxis.label.set_color("C0")
+    right = axis.twinx()
+    right.plot(knob, [result.figures[f"perplexity_{_figure_name(way)}"].value for way in ways], color="C1", marker="s")
+    right.axhline(result.figures["perplexity_plain"].value, color="C1", linestyle=":", linewidth=0.8)
+    right.set(ylabel="perplexity under base (dotted: plain)", yscale="log")
+    right.yaxis.label.set_color("C1")
+    right.yaxis.set_minor_formatter("{x:g}" if sign == WEIGHT_SIGN else "")

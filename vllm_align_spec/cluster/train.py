@@ -44,7 +44,7 @@ def train(config: TrainConfig, *, workers: int, gpus: float, address: str | None
     from vllm_align_spec.train.loop import LAST
 
     config = config.model_copy(
-        update={name: _absolute(getattr(config, name)) for name in ("target", "out", "start_from")}
+        update={name: _absolute(getattr(config, name)) for name in ("target", "out", "start_from", "feature_cache")}
     )
     config = config.model_copy(update={"data": tuple(_absolute(path) for path in config.data)})
     if (config.out / LAST).exists() and not config.resume:

@@ -501,6 +501,7 @@ class _Choice:
         temperature: float | None = None,
         top_k: int | None = None,
         seed: int | None = None,
+        seeded: bool = True,
         reported: bool = True,
         whole: bool = False,
     ) -> AsyncGenerator[Chunk, None]:
@@ -515,7 +516,7 @@ class _Choice:
         params.min_tokens = min_tokens
         if temperature is not None:
             params.temperature, params.top_k, params.top_p, params.min_p = temperature, top_k or 0, 1.0, 0.0
-        if seed is not None:
+        if seed is not None or not seeded:
             params.seed = seed
         control_ids: Mapping[int, str] = {}
         if arguments is not None:

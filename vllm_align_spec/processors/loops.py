@@ -135,7 +135,7 @@ def _draw(
 ) -> None:
     """Draws from each row: its visited children with P h, and ``weights``, the others' P over e^log_top."""
     vocabulary = weights.shape[1]
-    blocks = np.empty((vocabulary + _BLOCK - 1) // _BLOCK)
+    blocks, mass = np.empty((vocabulary + _BLOCK - 1) // _BLOCK), np.empty(len(child))
     for i in range(len(weights)):
         row = weights[i]
         unvisited = 0.0
@@ -150,7 +150,8 @@ def _draw(
         visited = 0.0
         if log_child > -np.inf:
             for j in range(offsets[i], offsets[i + 1]):
-                visited += math.exp(child_log_p[j] + child_log_c[j] - log_child)
+                mass[j] = math.exp(child_log_p[j] + child_log_c[j] - log_child)
+                visited += mass[j]
         log_visited = _log(visited) + log_child if visited > 0.0 else -np.inf
 
         larger, smaller = max(log_visited, log_unvisited), min(log_visited, log_unvisited)
@@ -161,12 +162,11 @@ def _draw(
             if visited > 0.0 and (uniform[i] < share or share == 1.0):
                 left = uniform[i] / share * visited
                 for j in range(offsets[i], offsets[i + 1]):
-                    mass = math.exp(child_log_p[j] + child_log_c[j] - log_child)
-                    if mass > 0.0:  # never past the last that has a mass
+                    if mass[j] > 0.0:  # never past the last that has a mass
                         chosen, log_p, log_c = child[j], child_log_p[j], child_log_c[j]
-                        if mass > left:
+                        if mass[j] > left:
                             break
-                    left -= mass
+                    left -= mass[j]
             else:
                 left = (uniform[i] - share) / (1.0 - share) * unvisited
                 block = 0

@@ -39,15 +39,16 @@ from vllm_align_spec.processors.trie_file import MAX_KEY_BYTES, Tensors
 
 NODE = np.dtype(
     [
-        ("parent", np.int32),  # -1 at a root
+        # First what is read of every child, so that it mostly lies in one line of the processor's cache.
         ("token", np.int32),  # what leads here from the parent; -1 at a root
-        ("first_child", np.int32),
         ("next_sibling", np.int32),  # of a free node: the next free one
-        ("depth", np.int32),  # tokens from the root
-        ("queued", np.int32),  # whether `record` will recompute log_c; 0 between calls
         ("log_p", np.float64),  # log P(token | parent)
         ("log_c", np.float64),  # log c~
         ("unvisited", np.float64),  # U
+        ("parent", np.int32),  # -1 at a root
+        ("first_child", np.int32),
+        ("depth", np.int32),  # tokens from the root
+        ("queued", np.int32),  # whether `record` will recompute log_c; 0 between calls
     ]
 )
 BYTES_PER_NODE = NODE.itemsize
@@ -285,19 +286,33 @@ def _child(nodes: _Records, node: _Int32, token: _Int) -> _Int32:
 @jit
 def children(nodes: _Records, node: _Int32) -> tuple[_Int, _Int, _Float, _Float]:
     """See `Tries.children`."""
-    offsets = np.zeros(len(node) + 1, np.int64)
-    for i in range(len(node)):
-        offsets[i + 1] = offsets[i]
-        child = nodes[node[i]].first_child if node[i] >= 0 else np.int32(-1)
-        while child >= 0:
-            offsets[i + 1] += 1
-            child = nodes[child].next_sibling
+    rows = len(node)
+    offsets = np.zeros(rows + 1, np.int64)
+    # All lists at once, one child of each in turn: in a large trie every child is a miss of the processor's caches, and
+    # those of different rows are waited for together. What comes after finds all children in the cache.
+    row, child = np.empty(rows, np.int64), np.empty(rows, np.int32)
+    going = 0
+    for i in range(rows):
+        if node[i] >= 0 and nodes[node[i]].first_child >= 0:
+            row[going], child[going] = i, nodes[node[i]].first_child
+            going += 1
+    while going > 0:
+        left = 0
+        for i in range(going):
+            offsets[row[i] + 1] += 1
+            following = nodes[child[i]].next_sibling
+            if following >= 0:
+                row[left], child[left] = row[i], following
+                left += 1
+        going = left
+    for i in range(rows):
+        offsets[i + 1] += offsets[i]
     token, log_c, log_p = np.empty(offsets[-1], np.int64), np.empty(offsets[-1]), np.empty(offsets[-1])
-    for i in range(len(node)):
-        child = nodes[node[i]].first_child if node[i] >= 0 else np.int32(-1)
+    for i in range(rows):
+        at = nodes[node[i]].first_child if node[i] >= 0 else np.int32(-1)
         for k in range(offsets[i], offsets[i + 1]):
-            token[k], log_c[k], log_p[k] = nodes[child].token, nodes[child].log_c, nodes[child].log_p
-            child = nodes[child].next_sibling
+            token[k], log_c[k], log_p[k] = nodes[at].token, nodes[at].log_c, nodes[at].log_p
+            at = nodes[at].next_sibling
     return offsets, token, log_c, log_p
 
 

@@ -147,6 +147,7 @@ class Engine(Protocol):
         temperature: float | None = None,
         top_k: int | None = None,
         seed: int | None = None,
+        seeded: bool = True,
         reported: bool = True,
         whole: bool = False,
     ) -> AsyncGenerator[Chunk, None]:
@@ -160,6 +161,7 @@ class Engine(Protocol):
             temperature: instead of the request's, and then nothing but ``top_k`` cuts the distribution.
             top_k: likeliest tokens that are sampled from, with ``temperature``; 0 for all.
             seed: instead of the choice's own.
+            seeded: False where the worker draws every token and leaves nothing to chance: vLLM is slower with a seed.
             reported: whether the worker's report is wanted, which several requests at once cannot have.
             whole: one chunk at the end, for who does nothing with a part, not even count what an aborted request cost:
                 tokens one by one cost this process time.

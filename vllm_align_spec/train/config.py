@@ -60,6 +60,11 @@ class TrainConfig(BaseModel):
         "best of the draft; 0 keeps all."
     )  # fmt: skip
 
+    feature_cache: Path | None = Field(
+        None, description="Folder for the target's features, which are then computed once; runs on the same target and "
+        "data may share it. Without one they are computed in every epoch."
+    )  # fmt: skip
+    feature_cache_gb: float = Field(100.0, gt=0, description="What the folder may take; the rest is computed again.")
     precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="Of autocast; losses are in float32.")
     target_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Of the target's weights."

@@ -171,9 +171,10 @@ class Batch:
     ids: Tensor  # [B, T] int64
     mask: Tensor  # [B, T] bool: rows that are learned from; row i is about what follows token i
     length: Tensor  # [B] tokens of each, before padding
+    numbers: Sequence[int]  # of the conversations, in their data set
 
 
-def collate(examples: Sequence[Example]) -> Batch:
+def collate(examples: Sequence[Example], numbers: Sequence[int]) -> Batch:
     """One batch. The last row of a conversation has no next token and is masked."""
     longest = max(len(example.ids) for example in examples)
     ids = torch.zeros(len(examples), longest, dtype=torch.long)
@@ -181,7 +182,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     for b, example in enumerate(examples):
         ids[b, : len(example.ids)] = example.ids
         mask[b, : len(example.ids) - 1] = example.spoken[:-1]
-    return Batch(ids, mask, torch.tensor([len(example.ids) for example in examples]))
+    return Batch(ids, mask, torch.tensor([len(example.ids) for example in examples]), numbers)
 
 
 def order(lengths: Sequence[int], *, batch_size: int, world: int, pool: int, seed: int, epoch: int) -> list[list[int]]:

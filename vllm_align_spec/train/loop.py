@@ -1,4 +1,4 @@
-"""Trains a drafter against a frozen target, whose features are computed batch by batch.
+"""Trains a drafter against a frozen target, whose features are computed batch by batch, or once and then read.
 
 Nothing depends on the clock or on how often a run was interrupted: the order of an epoch and the noise of a step follow
 from the seed, so a resumed run takes the steps that an uninterrupted one would have.
@@ -29,6 +29,7 @@ from vllm_align_spec.drafters.config import read as read_drafter
 from vllm_align_spec.drafters.fspad import Drafter
 from vllm_align_spec.train import acceptance, data
 from vllm_align_spec.train.config import TrainConfig
+from vllm_align_spec.train.features import FeatureCache, identity
 from vllm_align_spec.train.losses import Terms, Weights, hits, next_mask, terms
 from vllm_align_spec.train.target import Target
 
@@ -131,8 +132,14 @@ class _Run:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        self.cache: FeatureCache | None = None
+        if config.feature_cache is not None:
+            made_of = identity(config.target, str(self.target.dtype), config.precision, self.data.train)
+            limit = int(config.feature_cache_gb * 1e9)
+            self.cache = FeatureCache(config.feature_cache, limit, made_of, self.workers.size)
         self.weights = Weights(config.regress_weight, config.predict_weight, config.top_k_share)
         self.state = State()
+        self._cached = 0  # conversations since the last line of the log whose features were read
         self._last = acceptance.Acceptance(0, 0, ())
         last = self.out / LAST
         if config.resume:
@@ -188,6 +195,9 @@ class _Run:
                 if step % config.log_every == 0 or step == total:
                     speed = tokens / (time.monotonic() - since)
                     since, tokens = time.monotonic(), 0
+                    if self.cache is not None:
+                        numbers["features_read"] = self._cached
+                        self._cached = 0
                     self._log({"step": step, **numbers, "tokens_per_second": round(speed), "tokens": self.state.tokens})
                     progress.update(
                         task, completed=step, status=f"loss {self.state.smoothed:.3f}, {speed:,.0f} tokens/s"
@@ -197,6 +207,8 @@ class _Run:
                     evaluated = step
                 if lead and (step % config.checkpoint_every == 0 or step == total):
                     self._save()
+        if self.cache is not None:
+            self.cache.write()
         if told is not None:
             if evaluated != self.state.step:
                 self._evaluate(told)
@@ -230,10 +242,12 @@ class _Run:
                 epoch=epoch,
             )
             first = self.state.batch if epoch == self.state.epoch else 0
+            if self.cache is not None:
+                self.cache.refresh()
             for start in range(first, len(batches) - config.accumulation + 1, config.accumulation):
                 chosen = batches[start : start + config.accumulation]
                 self.state.epoch, self.state.batch = epoch, start + config.accumulation
-                yield [data.collate([self.data.train[i] for i in batch[share]]) for batch in chosen]
+                yield [data.collate([self.data.train[i] for i in batch[share]], batch[share]) for batch in chosen]
 
     def step(self, batches: list[data.Batch]) -> dict[str, float]:
         """One optimiser step; its figures, over all workers."""
@@ -269,8 +283,7 @@ class _Run:
 
     def _micro(self, batch: data.Batch, number: int) -> Micro:
         ids, mask = batch.ids.to(self.device), batch.mask.to(self.device)
-        with self._autocast():
-            features = self.target.features(ids)
+        features = self._features(ids, batch)
         # Noise follows from (seed, step, worker, share): a resumed run sees what it would have seen.
         key = ((self.config.seed * 1_000_003 + self.state.step) * 4096 + self.workers.rank) * 4096 + number
         generator = torch.Generator().manual_seed(key % 2**63)
@@ -281,6 +294,24 @@ class _Run:
         if self.config.passes > 1:
             self._mask_later_passes(micro)
         return micro
+
+    def _features(self, ids: Tensor, batch: data.Batch) -> Tensor:
+        known = [None if self.cache is None else self.cache.get(number) for number in batch.numbers]
+        missing = [b for b, found in enumerate(known) if found is None]
+        if not missing:
+            features = torch.zeros(*ids.shape, self.drafter.config.hidden_size, device=self.device)
+        else:
+            with self._autocast():
+                computed = self.target.features(ids[missing])
+            features = computed.new_zeros(*ids.shape, computed.shape[-1])
+            features[missing] = computed
+        for b, (number, length, found) in enumerate(zip(batch.numbers, batch.length.tolist(), known, strict=True)):
+            if found is not None:
+                features[b, :length] = found.to(self.device)
+            elif self.cache is not None:
+                self.cache.put(number, features[b, :length].to(self.target.dtype))
+        self._cached += len(batch.numbers) - len(missing)
+        return features
 
     def _mask_later_passes(self, micro: Micro) -> None:
         # A forward pass of its own: all rows of all workers are to be counted before the first gradient.
