@@ -1,10 +1,12 @@
 """Drafters for tests: random ones of any variant, and targets of architectures that the lab has not."""
 
 import json
+import re
+import shutil
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from vllm_align_spec.drafters.config import for_target
 from vllm_align_spec.drafters.fspad import Drafter
@@ -56,3 +58,33 @@ def tiny_target(kind, folder, **changes):
             parameter.data = parameter.data * 3
     model.save_pretrained(folder)
     return model
+
+
+def quantise(source, folder):
+    """A checkpoint with its linear layers in int8, a scale for each output, as llm-compressor writes W8A8."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = {}
+    for name, weight in load_file(source / "model.safetensors").items():
+        if re.search(r"layers\.\d+\..*_proj\.weight$", name):
+            scale = weight.float().abs().amax(1, keepdim=True) / 127
+            tensors[name] = (weight.float() / scale).round().to(torch.int8)
+            tensors[name.replace("weight", "weight_scale")] = scale
+        else:
+            tensors[name] = weight
+    save_file(tensors, folder / "model.safetensors")
+    bits = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**bits, "strategy": "channel", "dynamic": False},
+        "input_activations": {**bits, "strategy": "token", "dynamic": True},
+    }
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from drafters import random_drafter, tiny_target, write
+from drafters import quantise, random_drafter, tiny_target, write
 from engines import prompts
 from laws import greedy
 from scipy import stats
@@ -160,6 +160,24 @@ def test_two_ranks_draft_what_one_drafts(engines):
         accepted.append(steps @ np.arange(DRAFTS + 1) / steps.sum())
     assert accepted[0] > 0.8
     assert accepted[1] == pytest.approx(accepted[0], rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_quantised_target_takes_a_drafter_that_is_not(engines, tmp_path):
+    target = str(quantise(lab.model_path("base"), tmp_path / "int8"))
+    requests = [ask(i, max_tokens=32) for i in range(6)]
+    plain = engines("v1", model=target, dtype="bfloat16", speculative_config=None).generate(requests)
+    engine = engines(
+        "v1",
+        model=target,
+        dtype="bfloat16",
+        speculative_config=speculative(lab.drafter_path("fspad")),
+        per_request_spec_decode_metrics="summary",
+    )
+    drafted = engine.generate(requests)
+    assert [o["tokens"] for o in drafted] == [o["tokens"] for o in plain]
+    steps = np.array([o["accepted"] for o in drafted]).sum(0)
+    assert steps @ np.arange(DRAFTS + 1) / steps.sum() > 0.8
 
 
 @pytest.mark.slow

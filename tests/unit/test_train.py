@@ -313,9 +313,11 @@ def test_features_that_are_read_are_those_that_were_computed(trained, tmp_path):
     # Computed in other company, a row's last bits may differ.
     assert_same(weights(tmp_path / "computed"), weights(tmp_path / "read"), atol=1e-5)
     found = logged(tmp_path / "read", "features_read")
-    epoch = 18
+    epoch = found.count(0)
+    assert epoch > 12
     assert found[:epoch] == [0] * epoch
-    assert sum(found[epoch:]) >= 4 * (30 - epoch) - 3  # an incomplete batch is left out of an epoch
+    # An epoch's last, incomplete batch was left out: these come later for the first time.
+    assert 4 * (30 - epoch) - 4 < sum(found) <= 4 * (30 - epoch)
     train(config(trained, tmp_path / "again", variant="griffin", **shared), console=_silent())
     assert set(logged(tmp_path / "again", "features_read")) == {4}
 
@@ -332,7 +334,7 @@ def test_features_of_something_else_are_refused_by_name(trained, tmp_path):
     options = {"feature_cache": tmp_path / "features", "max_steps": 1}
     train(config(trained, tmp_path / "one", **options), console=_silent())
     with pytest.raises(ValueError, match=r"features of another run \(conversations differ\)"):
-        train(config(trained, tmp_path / "two", max_length=12, **options), console=_silent())
+        train(config(trained, tmp_path / "two", max_length=24, **options), console=_silent())
 
 
 def test_a_run_that_was_begun_otherwise_is_not_resumed(trained, tmp_path):

@@ -56,7 +56,7 @@ def run(*, quick: bool, json_file: Path | None, out: Path, other_seeds: Sequence
     """
     started = time.monotonic()
     drafts: tuple[int, ...] = (MAIN_DRAFTS,) if quick else (2, 3, 4, 5, 6)
-    count, tokens, repeats = (48, 64, {1: 4, 8: 2}) if quick else (96, 128, {1: 8, 8: 4})
+    count, tokens, repeats = (48, 64, {1: 4, 8: 2}) if quick else (96, 96, {1: 6, 8: 4})
     result = Result("fspad")
     sizes = {name: read(lab.drafter_path(name)).parameters() for name in DRAFTERS}
     result.setting |= {
@@ -73,7 +73,7 @@ def run(*, quick: bool, json_file: Path | None, out: Path, other_seeds: Sequence
     seconds: dict[str, dict[int, dict[str, Any]]] = result.samples.setdefault("seconds", {})
     again: list[dict[str, Counts]] = result.samples.setdefault("counts_of_other_seeds", [])
     total = len(DRAFTERS) * (len(drafts) + len(other_seeds))
-    with Progress(
+    with result.kept(out), Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
         TimeElapsedColumn(), TimeRemainingColumn(), console=console,
     ) as progress:  # fmt: skip

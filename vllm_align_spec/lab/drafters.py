@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ def write_data(folder: Path, seed: int) -> tuple[Path, ...]:
     for file, count in ((asked, GREEDY), (written, WRITTEN)):
         lines = (json.dumps({"messages": list(d.messages)}) for d in itertools.islice(documents, count))
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; else the engine asks for nearly all memory there is
     regenerate(
         str(lab.model_path("base")),
         [asked],
