@@ -20,6 +20,7 @@ JUDGE = {"kind": "model", "model": str(MODELS / "judge")}
 OPTIONS = {
     "align_spec": {
         "asap": {"max_bytes": 2**16},
+        "reports": {"max_reports": 256},
         "companions": {"judge": {"model": str(MODELS / "judge"), "role": "reward"}},
         "rewards": {
             "good": JUDGE,
@@ -72,6 +73,21 @@ def test_one_token_is_one_token(server, method):
     assert response.choices[0].finish_reason in ("length", "stop")
 
 
+def test_requests_that_are_preempted_all_come_to_their_end(server):
+    alone = {name: ask(server, name, 300).choices[0].message.content for name in ("plain", "wsd", "args")}
+    before = server.metric("vllm:num_preemptions_total")
+    jobs = [name for name in METHODS if name != "deal"] * 3
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        answers = list(pool.map(lambda name: ask(server, name, 300), jobs))
+    assert server.metric("vllm:num_preemptions_total") > before
+    for name, answer in zip(jobs, answers, strict=True):
+        if name in ("plain", "wsd", "args", "cards"):
+            assert answer.usage.completion_tokens == 300, name
+        if name in ("plain", "wsd"):
+            assert answer.choices[0].message.content == alone[name], name
+    server.wait_idle()
+
+
 def test_more_clients_than_places_wait_for_their_turn(server):
     with ThreadPoolExecutor(48) as pool:
         answers = list(pool.map(lambda i: ask(server, list(METHODS)[i % len(METHODS)], 8), range(48)))
@@ -95,6 +111,15 @@ def test_a_judge_with_a_full_queue_is_a_503_and_its_neighbours_are_served(server
     refused = [one for i, one in enumerate(found) if i % 4 and one != "answered"]
     assert refused
     assert all(status == 503 and "max_waiting=1" in text for status, text in refused), refused
+
+
+def test_clients_that_leave_in_mid_stream_leave_nothing_behind(server):
+    server.wait_idle()
+    for method in METHODS:
+        stream = ask(server, method, 300, stream=True)
+        next(iter(stream))
+        stream.close()
+    server.wait_idle(timeout_s=20)
 
 
 def test_a_worker_that_is_killed_ends_every_request_with_an_error_and_then_the_server(tmp_path_factory):
@@ -129,3 +154,25 @@ def test_a_worker_that_is_killed_ends_every_request_with_an_error_and_then_the_s
         assert server.process.wait(60) is not None
     finally:
         stop_server(server)
+
+
+def test_memory_is_flat_over_hundreds_of_requests(server):
+    """Requests of every method in rounds; after the first ones, which fill caches, no process grows with them."""
+    processes = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+
+    def round_of(count, seed):
+        names = list(METHODS)
+        with ThreadPoolExecutor(16) as pool:
+            return list(
+                pool.map(lambda i: ask(server, names[(seed + i) % len(names)], 12, seed=seed * count + i), range(count))
+            )
+
+    used = []
+    for turn in range(8):
+        assert len(round_of(98, turn)) == 98
+        server.wait_idle()
+        used.append({one.pid: one.memory_info().rss for one in processes if one.is_running()})
+    for pid in used[-1]:
+        grown = used[-1][pid] - used[3][pid]
+        assert grown < 12 * 2**20, (pid, [one[pid] / 2**20 for one in used])
+    assert server.metric("align_spec:reports_stored") == 256

@@ -130,6 +130,17 @@ def test_every_expression_of_the_dashboards_has_data(prometheus):
     assert not empty
 
 
+@pytest.mark.slow
+def test_the_dashboards_can_be_drawn_without_grafana(prometheus, server, tmp_path):
+    for _ in range(6):
+        load(server)
+    tool = Path(__file__).parents[2] / "tools/draw_dashboards.py"
+    options = ["--prometheus", prometheus.root.removesuffix("/api/v1"), "--minutes", "1", "--rate-interval", "10s"]
+    subprocess.run([sys.executable, str(tool), *options, "--out", str(tmp_path)], check=True)
+    drawn = {file.stem for file in tmp_path.glob("*.png")}
+    assert drawn == {f"dashboard_{file.stem}" for file in (DEPLOY / "grafana").glob("*.json")}
+
+
 def numbers(prometheus, expression):
     """What an expression gives besides 0 / 0."""
     found = [float(one["value"][1]) for one in prometheus.ask("query", query=expression)["result"]]

@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from vllm_align_spec import cli, lab
 from vllm_align_spec.drafters.config import read as read_drafter
-from vllm_align_spec.train import acceptance, data, losses
+from vllm_align_spec.train import acceptance, data, features, losses
 from vllm_align_spec.train.config import TrainConfig
 from vllm_align_spec.train.loop import DivergedError, _Run, train
 
@@ -291,11 +292,22 @@ def assert_same(one, two, atol=0.0):
         torch.testing.assert_close(one[name], two[name], atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("changes", [{}, {"variant": "griffin", "passes": 3, "accumulation": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"variant": "griffin", "passes": 3, "accumulation": 2},
+        {"feature_cache": True, "max_steps": 24, "schedule_steps": 30},
+    ],
+)
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(trained, tmp_path, changes):
-    whole = train(config(trained, tmp_path / "whole", **changes), console=_silent())
-    train(config(trained, tmp_path / "cut", **{**changes, "max_steps": 3}), console=_silent())
-    resumed = train(config(trained, tmp_path / "cut", resume=True, **changes), console=_silent())
+    def run(name, **more):
+        cache = {"feature_cache": tmp_path / f"features of {name}"} if "feature_cache" in changes else {}
+        return train(config(trained, tmp_path / name, **{**changes, **cache, **more}), console=_silent())
+
+    whole = run("whole")
+    run("cut", max_steps=3)
+    resumed = run("cut", resume=True)
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert whole.state == resumed.state
 
@@ -328,6 +340,17 @@ def test_features_take_no_more_disk_than_they_may(trained, tmp_path):
     train(config(trained, tmp_path / "run", **options), console=_silent())
     assert 10_000 < sum(shard.stat().st_size for shard in folder.glob("*.safetensors")) < 24_000  # headers on top
     assert 0 < sum(logged(tmp_path / "run", "features_read")) < 4 * 12
+
+
+def test_a_full_disk_ends_caching_and_not_training(trained, tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(features, "save_file", full)
+    result = train(config(trained, tmp_path / "run", feature_cache=tmp_path / "features"), console=_silent())
+    assert result.state.step == 6
+    assert "No more features are cached: No space left on device" in caplog.text
+    assert not list((tmp_path / "features").glob("*.safetensors"))
 
 
 def test_features_of_something_else_are_refused_by_name(trained, tmp_path):
@@ -410,6 +433,20 @@ def test_training_lowers_the_loss_and_leaves_what_vllm_serves(trained, tmp_path)
     assert result.complaints.count == 1
     assert result.state.step == 40
     assert (tmp_path / "curves.png").exists()
+
+
+def test_the_log_is_what_tensorboard_shows(trained, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(config(trained, tmp_path, max_steps=3), console=_silent())
+    train(config(trained, tmp_path, max_steps=6, resume=True), console=_silent())
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    losses = [(event.step, event.value) for event in shown.Scalars("loss")]
+    assert [step for step, _ in losses] == [1, 2, 3, 4, 5, 6]
+    assert [value for _, value in losses] == pytest.approx(logged(tmp_path, "loss"))
+    assert [event.value for event in shown.Scalars("accepted/1")] == pytest.approx(
+        [shares[0] for shares in logged(tmp_path, "accepted")]
+    )
 
 
 def test_a_later_stage_goes_on_from_an_earlier_one(trained, tmp_path):

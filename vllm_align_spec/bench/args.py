@@ -104,8 +104,9 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
         del engine
         gc.collect()  # an engine that is only collected as the interpreter exits complains
         _shares(result, _settings(foreign), prompts)
-    _figures(result)
-    _draw(result, out)
+    with result.kept(out):
+        _figures(result)
+        _draw(result, out)
     result.finish(json_file, out, started)
 
 

@@ -103,10 +103,11 @@ def run(*, quick: bool, json_file: Path | None, out: Path, other_seeds: Sequence
                 del engine
                 gc.collect()
                 progress.advance(task)
-    _shares(result, prompts, length)
-    _figures(result, counts, again, seconds, length)
-    _show(result, counts, accepted)
-    _draw(result, out, counts, accepted, seconds)
+    with result.kept(out):
+        _shares(result, prompts, length)
+        _figures(result, counts, again, seconds, length)
+        _show(result, counts, accepted)
+        _draw(result, out, counts, accepted, seconds)
     result.finish(json_file, out, started)
 
 

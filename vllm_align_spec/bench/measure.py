@@ -94,6 +94,7 @@ class Result:
         self.show()
         file = json_file or out / f"{self.bench}.json"
         self.write(file)
+        (out / f"{self.bench}.unfinished.json").unlink(missing_ok=True)
         console.print(f"{self.setting['seconds']:.0f} s; numbers: {file}; figure: {out / self.bench}.png")
 
 

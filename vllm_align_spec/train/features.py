@@ -10,12 +10,14 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,13 +30,20 @@ IDENTITY = "features.json"
 OPEN_SHARDS = 256
 
 
-def identity(target: str, dtype: str, precision: str, examples: Sequence[Example]) -> dict[str, str]:
-    """What features depend on: those of another model, precision or set of conversations are others."""
-    digest = hashlib.sha256()
+def identity(head: Tensor, precision: str, examples: Sequence[Example]) -> dict[str, str]:
+    """What features depend on: those of another model, precision or set of conversations are others.
+
+    Args:
+        head: of the target; tells it from one that was trained on, whatever its folder is called.
+        precision: of the computation.
+        examples: the conversations, in order.
+    """
+    weights, conversations = hashlib.sha256(), hashlib.sha256()
+    weights.update(head.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     for example in examples:
-        digest.update(example.ids.numpy().tobytes())
-        digest.update(b"/")
-    return {"target": target, "dtype": dtype, "precision": precision, "conversations": digest.hexdigest()}
+        conversations.update(example.ids.numpy().tobytes() + b"/")
+    told = {"target": weights.hexdigest(), "dtype": str(head.dtype)}
+    return told | {"precision": precision, "conversations": conversations.hexdigest()}
 
 
 class FeatureCache:
@@ -42,7 +51,8 @@ class FeatureCache:
 
     Args:
         folder: made where there is none.
-        max_bytes: of all shards; reached, nothing more is written.
+        max_bytes: of all shards; reached, nothing more is written. Runs that fill a folder at the same time may
+            overrun it by a shard for each worker.
         made_of: `identity` of what is cached here.
         workers: how many write, each its part of what is left.
 
@@ -59,12 +69,13 @@ class FeatureCache:
         self._place: dict[int, Path] = {}
         folder.mkdir(parents=True, exist_ok=True)
         told = folder / IDENTITY
-        if told.exists():
-            before = json.loads(told.read_text(encoding="utf-8"))
-            if changed := [key for key in made_of if before.get(key) != made_of[key]]:
-                raise ValueError(f"{folder} has features of another run ({', '.join(changed)} differ); remove it")
-        else:
-            told.write_text(json.dumps(made_of) + "\n", encoding="utf-8")
+        if not told.exists():  # several workers may come at once
+            new = folder / f"{uuid.uuid4().hex}.new"
+            new.write_text(json.dumps(made_of) + "\n", encoding="utf-8")
+            os.replace(new, told)
+        before = json.loads(told.read_text(encoding="utf-8"))
+        if changed := [key for key in made_of if before.get(key) != made_of[key]]:
+            raise ValueError(f"{folder} has features of another run ({', '.join(changed)} differ); remove it")
         self.refresh()
 
     def refresh(self) -> None:
@@ -94,7 +105,7 @@ class FeatureCache:
         self._left -= size
         self._waiting[number] = features.to("cpu", copy=True)
         if sum(x.numel() * x.element_size() for x in self._waiting.values()) >= SHARD_BYTES:
-            self.write()
+            self.refresh()
 
     def write(self) -> None:
         """Puts what waits into a shard, which is there whole or not at all. A full disk ends caching, not training."""
@@ -105,7 +116,7 @@ class FeatureCache:
         try:
             save_file({str(number): features for number, features in self._waiting.items()}, new)
             new.rename(shard)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             logger.warning("No more features are cached: %s", error)
             new.unlink(missing_ok=True)
             self._full = True

@@ -33,7 +33,9 @@ from vllm_align_spec.train.features import FeatureCache, identity
 from vllm_align_spec.train.losses import Terms, Weights, hits, next_mask, terms
 from vllm_align_spec.train.target import Target
 
-LAST, LOG, CURVES = "last", "log.jsonl", "curves.png"
+LAST, LOG, CURVES, BOARD = "last", "log.jsonl", "curves.png", "tensorboard"
+MAY_CHANGE = ("resume", "max_steps", "feature_cache", "feature_cache_gb")
+"""Options that a resumed run may have otherwise."""
 SMOOTHING = 0.98
 NOISE_LENGTH = 512
 
@@ -134,11 +136,12 @@ class _Run:
         )
         self.cache: FeatureCache | None = None
         if config.feature_cache is not None:
-            made_of = identity(config.target, str(self.target.dtype), config.precision, self.data.train)
+            made_of = identity(next(self.target.head.parameters()), config.precision, self.data.train)
             limit = int(config.feature_cache_gb * 1e9)
             self.cache = FeatureCache(config.feature_cache, limit, made_of, self.workers.size)
         self.weights = Weights(config.regress_weight, config.predict_weight, config.top_k_share)
         self.state = State()
+        self._board: Any = None
         self._cached = 0  # conversations since the last line of the log whose features were read
         self._last = acceptance.Acceptance(0, 0, ())
         last = self.out / LAST
@@ -168,6 +171,15 @@ class _Run:
 
     def go(self) -> Result:
         """All steps."""
+        try:
+            return self._go()
+        finally:
+            if self.cache is not None:
+                self.cache.write()
+            if self._board is not None:
+                self._board.close()
+
+    def _go(self) -> Result:
         config = self.config
         lead = self.workers.rank == 0
         begin = time.monotonic()
@@ -176,6 +188,7 @@ class _Run:
             self.out.mkdir(parents=True, exist_ok=True)
             self._describe()
             (self.out / "training.json").write_text(config.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            self._board = _board(self.out / BOARD, self.state.step)
         told = self._continuations() if lead else None
         evaluated = -1
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"))
@@ -205,10 +218,11 @@ class _Run:
                 if told is not None and (step % config.evaluate_every == 0 or step == total):
                     self._evaluate(told)
                     evaluated = step
-                if lead and (step % config.checkpoint_every == 0 or step == total):
-                    self._save()
-        if self.cache is not None:
-            self.cache.write()
+                if step % config.checkpoint_every == 0 or step == total:
+                    if self.cache is not None:
+                        self.cache.write()  # a resumed run reads what this one would have read
+                    if lead:
+                        self._save()
         if told is not None:
             if evaluated != self.state.step:
                 self._evaluate(told)
@@ -243,6 +257,9 @@ class _Run:
             )
             first = self.state.batch if epoch == self.state.epoch else 0
             if self.cache is not None:
+                self.cache.write()
+                if workers.size > 1:
+                    dist.barrier()
                 self.cache.refresh()
             for start in range(first, len(batches) - config.accumulation + 1, config.accumulation):
                 chosen = batches[start : start + config.accumulation]
@@ -309,7 +326,9 @@ class _Run:
             if found is not None:
                 features[b, :length] = found.to(self.device)
             elif self.cache is not None:
-                self.cache.put(number, features[b, :length].to(self.target.dtype))
+                # What a target in bfloat16 computes is no finer than that.
+                kept = torch.bfloat16 if self.target.dtype == torch.bfloat16 else torch.float32
+                self.cache.put(number, features[b, :length].to(kept))
         self._cached += len(batch.numbers) - len(missing)
         return features
 
@@ -396,6 +415,14 @@ class _Run:
         if self.workers.rank == 0:
             with (self.out / LOG).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+        if self._board is not None:
+            for name, value in record.items():
+                places = (
+                    {f"{name}/{j}": x for j, x in enumerate(value, 1)} if isinstance(value, list) else {name: value}
+                )
+                for place, x in places.items():
+                    self._board.add_scalar(place, x, record["step"])
+            self._board.flush()
 
     def _save(self) -> None:
         """The checkpoint, moved into place when it is whole."""
@@ -422,7 +449,7 @@ class _Run:
             raise ValueError(f"resume: there is no checkpoint in {folder}")
         before = json.loads((self.out / "training.json").read_text(encoding="utf-8"))
         now = json.loads(self.config.model_dump_json())
-        changed = [key for key in now if key not in ("resume", "max_steps") and before.get(key) != now[key]]
+        changed = [key for key in now if key not in MAY_CHANGE and before.get(key) != now[key]]
         if changed:
             raise ValueError(
                 "resume: the run was begun otherwise: "
@@ -460,6 +487,15 @@ class _Run:
         figure.tight_layout()
         figure.savefig(self.out / CURVES, dpi=80)
         pyplot.close(figure)
+
+
+def _board(folder: Path, step: int) -> Any:
+    """TensorBoard's writer, if it is installed; what an earlier run logged after ``step`` is not shown."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def save_drafter(drafter: Drafter, folder: Path, dtype: torch.dtype | None = None) -> None:
