@@ -292,14 +292,10 @@ def assert_same(one, two, atol=0.0):
         torch.testing.assert_close(one[name], two[name], atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"variant": "griffin", "passes": 3, "accumulation": 2},
-        {"feature_cache": True, "max_steps": 24, "schedule_steps": 30},
-    ],
-)
+CACHED = {"feature_cache": True, "max_steps": 24, "schedule_steps": 30}  # into the second epoch
+
+
+@pytest.mark.parametrize("changes", [{}, {"variant": "griffin", "passes": 3, "accumulation": 2}, CACHED])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(trained, tmp_path, changes):
     def run(name, **more):
         cache = {"feature_cache": tmp_path / f"features of {name}"} if "feature_cache" in changes else {}
