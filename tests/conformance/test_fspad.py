@@ -191,6 +191,7 @@ def test_a_steering_method_runs_while_fspad_drafts(engines):
     assert all("error" not in o["report"] for o in outputs[:3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runner", ["v1"], indirect=True, scope="session")
 def test_a_drafter_of_another_target_stops_the_start_and_names_both_sides(engines, runner, tmp_path):
     other = tiny_target("llama", tmp_path / "other")

@@ -130,6 +130,7 @@ def test_keys_that_no_front_end_admitted_are_refused(engine):
     assert "vllm_align_spec.engine.offline.LLM" in answer["error"]
 
 
+@SLOW_ON_V2
 def test_mixed_batches_leave_neighbours_as_an_engine_without_the_plugin_serves_them(engines, engine, runner):
     plain = [{"prompt": p, "params": {"max_tokens": 16}} for p in prompts()[:4]]
     mixed = [request for pair in zip(plain, (wsd(p) for p in prompts()[4:8]), strict=True) for request in pair]
@@ -141,7 +142,7 @@ def test_mixed_batches_leave_neighbours_as_an_engine_without_the_plugin_serves_t
             assert greedy("base", request["prompt"], got, 0, len(got)) > 0
 
 
-@SLOW_ON_V2
+@pytest.mark.slow
 def test_preempted_requests_keep_to_the_law(engines, runner):
     # So few blocks of 32 tokens cannot hold what the requests need together.
     blocks, count, length = (14, 6, 90) if runner == "v1" else (8, 4, 44)
