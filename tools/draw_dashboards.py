@@ -46,8 +46,9 @@ def draw(dashboard: dict[str, Any], root: str, seconds: float, interval: str) ->
             for one in series(root, expression, seconds, max(1.0, seconds / 200)):
                 points = [(float(at), float(value)) for at, value in one["values"]]
                 legend = re.sub(r"\{\{(\w+)\}\}", lambda m, of=one["metric"]: of.get(m[1], ""), target["legendFormat"])
-                axis.plot([at - time.time() for at, _ in points], [value for _, value in points], label=legend or None)
-                labelled |= bool(legend)
+                shown = legend if any(value > 0 for _, value in points) else ""  # what never was needs no legend
+                axis.plot([at - time.time() for at, _ in points], [value for _, value in points], label=shown or None)
+                labelled |= bool(shown)
         axis.set_title(panel["title"], fontsize=9)
         axis.set_ylabel(panel.get("fieldConfig", {}).get("defaults", {}).get("unit", ""), fontsize=7)
         axis.set_ylim(bottom=0)

@@ -20,7 +20,6 @@ JUDGE = {"kind": "model", "model": str(MODELS / "judge")}
 OPTIONS = {
     "align_spec": {
         "asap": {"max_bytes": 2**16},
-        "reports": {"max_reports": 256},
         "companions": {"judge": {"model": str(MODELS / "judge"), "role": "reward"}},
         "rewards": {
             "good": JUDGE,
@@ -154,25 +153,3 @@ def test_a_worker_that_is_killed_ends_every_request_with_an_error_and_then_the_s
         assert server.process.wait(60) is not None
     finally:
         stop_server(server)
-
-
-def test_memory_is_flat_over_hundreds_of_requests(server):
-    """Requests of every method in rounds; after the first ones, which fill caches, no process grows with them."""
-    processes = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
-
-    def round_of(count, seed):
-        names = list(METHODS)
-        with ThreadPoolExecutor(16) as pool:
-            return list(
-                pool.map(lambda i: ask(server, names[(seed + i) % len(names)], 12, seed=seed * count + i), range(count))
-            )
-
-    used = []
-    for turn in range(8):
-        assert len(round_of(98, turn)) == 98
-        server.wait_idle()
-        used.append({one.pid: one.memory_info().rss for one in processes if one.is_running()})
-    for pid in used[-1]:
-        grown = used[-1][pid] - used[3][pid]
-        assert grown < 12 * 2**20, (pid, [one[pid] / 2**20 for one in used])
-    assert server.metric("align_spec:reports_stored") == 256
