@@ -313,19 +313,19 @@ class _Run:
         return micro
 
     def _features(self, ids: Tensor, batch: data.Batch) -> Tensor:
-        known = [None if self.cache is None else self.cache.get(number) for number in batch.numbers]
-        missing = [b for b, found in enumerate(known) if found is None]
-        if not missing:
-            features = torch.zeros(*ids.shape, self.drafter.config.hidden_size, device=self.device)
-        else:
+        if self.cache is None:
             with self._autocast():
-                computed = self.target.features(ids[missing])
-            features = computed.new_zeros(*ids.shape, computed.shape[-1])
-            features[missing] = computed
+                return self.target.features(ids)
+        known = [self.cache.get(number) for number in batch.numbers]
+        missing = [b for b, found in enumerate(known) if found is None]
+        features = torch.zeros(*ids.shape, self.drafter.config.hidden_size, device=self.device)
+        if missing:
+            with self._autocast():
+                features[missing] = self.target.features(ids[missing])
         for b, (number, length, found) in enumerate(zip(batch.numbers, batch.length.tolist(), known, strict=True)):
             if found is not None:
                 features[b, :length] = found.to(self.device)
-            elif self.cache is not None:
+            else:
                 # What a target in bfloat16 computes is no finer than that.
                 kept = torch.bfloat16 if self.target.dtype == torch.bfloat16 else torch.float32
                 self.cache.put(number, features[b, :length].to(kept))
