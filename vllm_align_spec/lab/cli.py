@@ -32,7 +32,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--out", type=Path, default=lab.DRAFTERS_FOLDER, help="folder to fill (default: the package's)"
     )
     drafters.add_argument("--only", nargs="+", metavar="NAME", help="train these only: a variant, or eagle-wide")
-    drafters.add_argument("--steps", type=int, default=300, help="optimiser steps of each (default: 300)")
+    drafters.add_argument("--steps", type=int, default=1200, help="optimiser steps of each (default: 1200)")
     drafters.add_argument("--seed", type=int, default=0)
     drafters.add_argument("--data", type=Path, help="folder that keeps base's answers from one run to the next")
     drafters.set_defaults(run=_drafters)

@@ -22,7 +22,7 @@ from vllm_align_spec.train.answers import regenerate
 from vllm_align_spec.train.config import TrainConfig
 from vllm_align_spec.train.loop import Result, save_drafter, train
 
-GREEDY, WRITTEN = 1000, 2000
+GREEDY, WRITTEN = 1000, 4000
 """Requests that base answers itself, greedily, and conversations as they were written for base to learn from: those are
 what base says at temperature 1, as far as it learned."""
 SHARED: dict[str, Any] = {
@@ -40,7 +40,7 @@ SHARED: dict[str, Any] = {
     "log_every": 20,
 }
 """What all variants share. The published rate would need the published number of steps."""
-STEPS = 300
+STEPS = 1200
 WIDE = "eagle-wide"
 """EAGLE with as many parameters as FSPAD: tells what the equations bring from what the parameters bring."""
 
