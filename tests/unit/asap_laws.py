@@ -416,7 +416,7 @@ class Engine:
 
     @contextmanager
     def _watched(self):
-        """What `draw` and `survives` were given and what they said."""
+        """What `draw` and `thin` were given and what they said."""
         seen = {}
         if not self.checked:
             yield seen
@@ -433,7 +433,7 @@ class Engine:
 
         keys = (KEY, OTHER_KEY)
         seen["log_c"] = {key: {u: n[2] for u, n in snapshot(self.processor, key).items()} for key in keys}
-        with watch("draw"), watch("survives"):
+        with watch("draw"), watch("thin"):
             yield seen
 
     def _check(self, s, feed, tokens, after, before, seen):
@@ -443,7 +443,7 @@ class Engine:
             assert torch.equal(after, before)
             return
         _, _, drawn = seen["draw"]
-        _, _, (alive, log_rho, _) = seen["survives"]
+        _, _, (alive, log_rho, _) = seen["thin"]
         log_c = seen["log_c"][lane.key]
         if lane.out and not self.roomy and self.processor._place["parent"][lane.entry] < 0:
             # There was no room for the row before, so the attempt does not find what others have noted since.
@@ -517,7 +517,7 @@ class Engine:
         assert float(found) == wanted or abs(float(found) - wanted) < NEAR, (float(found), wanted)
 
     def _sweep(self, s, lane, feed, seen):
-        """The row law, by asking `draw` and `survives` themselves what they do at the ends of every interval.
+        """The row law, by asking `draw` and `thin` themselves what they do at the ends of every interval.
 
         rho * q(a) * h_used = P(a|u) h(ua) at each row that stands behind legal drafts.
         """
@@ -551,7 +551,7 @@ class Engine:
                 )  # fmt: skip
                 assert found.token[:, 0].tolist() == [a for a in wide for _ in range(2)]
                 if prefix and used > -INF:
-                    _, _, (_, log_rho, _) = seen["survives"]
+                    _, _, (_, log_rho, _) = seen["thin"]
                     rho, p = math.exp(float(log_rho[s, r])), np.exp(world.log_p(prefix))
                     assert np.abs(rho * q * math.exp(used) - p * np.exp(log_h_of)).max() < 1e-6
             d = feed.drafts[r] if r < len(feed.drafts) else -1
@@ -562,7 +562,7 @@ class Engine:
     @staticmethod
     def _sweep_coins(seen):
         """A row survives up to m rho, neither sooner nor later."""
-        inner, (log_h, log_used, first, log_bank, _), (_, log_rho, banks) = seen["survives"]
+        inner, (log_h, log_used, first, log_bank, _), (_, log_rho, banks) = seen["thin"]
         threshold = torch.cat([log_bank[:, None], banks[:, :-1]], 1) + log_rho
         counts = threshold.isfinite()
         for step, lives in ((-1e-9, True), (1e-9, False)):

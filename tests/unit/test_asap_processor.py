@@ -14,7 +14,7 @@ import torch
 from asap_laws import KEY, OTHER_KEY, AsapLaws, Engine, Feed, World, Written, assert_same_snapshot, snapshot, uniforms
 
 from vllm_align_spec.options import AsapEngineOptions, EngineOptions
-from vllm_align_spec.processors.asap import AsapProcessor, survives
+from vllm_align_spec.processors.asap import AsapProcessor, thin
 from vllm_align_spec.processors.rows import Layout
 
 
@@ -247,7 +247,7 @@ def test_a_ratio_above_one_is_banked_for_the_rows_that_follow_and_no_longer():
 
     def ask(ratios, bank, coins, first=False):
         used = torch.zeros(1, len(ratios), dtype=torch.float64)
-        alive, _, banks = survives(
+        alive, _, banks = thin(
             torch.tensor([ratios], dtype=torch.float64).log(),
             used,
             torch.tensor([first]),

@@ -86,6 +86,68 @@ def test_row_logsumexp_equals_torch():
         assert found[4] == -INF
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_row_logsumexp_reads_what_models_make(dtype):
+    """Half precision, and rows that are a part of longer ones (a padded vocabulary)."""
+    from vllm_align_spec.processors import rows
+
+    torch.manual_seed(0)
+    logits = (torch.randn(5, 700) * 20).to(dtype)[:, :613]
+    line, scale = torch.tensor([4, 4, 0, 2]), torch.tensor([1.0, 0.01, 2.0, 30.0])
+    before = logits.clone()
+    expected = (logits[line].double() * scale[:, None]).logsumexp(-1)
+    assert_close(rows.row_logsumexp(logits, line, scale), expected, 2e-6)
+    assert torch.equal(logits, before)
+
+
+def test_compiled_weights_are_exponentials():
+    """Of everything from the largest entry to where float32 ends, in rows that fill no whole block or vector."""
+    import numpy as np
+
+    from vllm_align_spec.processors import loops
+
+    rng = np.random.default_rng(0)
+    power = np.empty(loops._BLOCK, np.int32)
+    for n in (1, 2, 15, 17, 100, 255, 256):
+        for scale in (0.05, 1.0, 7.0):
+            x = np.concatenate([rng.uniform(-86 / scale, 0, n), [0.0]]).astype(np.float32)[-n:] + np.float32(3.0)
+            x[rng.random(n) < 0.2] = -np.inf
+            weights = np.full(n, np.nan, np.float32)
+            top = np.float32(loops._top(x, np.empty(loops._LANES, np.float32)))
+            assert top == (x.max() if np.isfinite(x).any() else np.finfo(np.float32).min)
+            total = loops._weigh(x, top, np.float32(scale), weights, power)
+            # What float32 makes of the exponent is not the function's.
+            exponent = (x - top) * (np.float32(scale) * np.float32(1 / np.log(2)))
+            expected = np.exp2(exponent.astype(np.float64))
+            assert np.all(weights[np.isneginf(x)] == 0)
+            assert np.abs(weights - expected).max() <= 5e-7
+            assert np.all(np.abs(weights - expected) <= 5e-7 * expected)
+            assert abs(total - expected.sum()) <= 1e-6 * expected.sum()
+    deep = np.array([0, -88, -126 * np.log(2) - 0.4, -1e4, -np.inf], np.float32)
+    weights = np.empty(5, np.float32)
+    loops._weigh(deep, np.float32(0), np.float32(1), weights, power)
+    assert weights[0] == 1
+    assert weights[1:].tolist() == [0, 0, 0, 0]
+
+
+def test_thinning_is_the_same_on_both_devices():
+    from vllm_align_spec.processors import kernels, loops
+
+    torch.manual_seed(0)
+    for s, width in ((1, 1), (64, 1), (40, 5)):
+        log_h = -torch.rand(s, width, dtype=torch.float64) * 3
+        log_h[torch.rand(s, width) < 0.2] = -INF
+        log_used = log_h + torch.rand(s, width, dtype=torch.float64) - 0.2
+        log_used[log_h == -INF] = -1.0
+        first, log_bank = torch.rand(s) < 0.3, torch.rand(s, dtype=torch.float64) * (torch.rand(s) < 0.3)
+        log_coin = torch.rand(s, width, dtype=torch.float64).log()
+        log_coin[torch.rand(s, width) < 0.2] = torch.finfo(torch.float64).min
+        log_coin[torch.rand(s, width) < 0.2] = INF
+        given = (log_h, log_used, first, log_bank, log_coin)
+        for found, expected in zip(loops.thin(*given), kernels.thin(*given), strict=True):
+            assert torch.equal(found, expected)
+
+
 @in_a_process(interpreted=True)
 def test_row_entropy_equals_torch():
     from vllm_align_spec.processors import kernels, rows

@@ -76,7 +76,7 @@ def _steps(result: Result, out: Path) -> None:
     panels, save = axes(out, "asap_steps", len(VOCABULARIES), "One step without an engine, one thread")
     for axis, vocab in zip(panels, VOCABULARIES, strict=True):
         for part, label in (
-            ("device", "draw, survives, force"),
+            ("device", "draw, thin, force"),
             ("normaliser", "normaliser before the mask"),
             ("host", "host: trie, settling"),
             ("sampling", "vLLM: softmax and race"),

@@ -224,7 +224,7 @@ def device_clock() -> Iterator[list[float]]:
 
         return call
 
-    names = ("draw", "survives", "force")
+    names = ("draw", "thin", "force")
     kept = {name: getattr(asap, name) for name in names}
     try:
         for name in names:

@@ -28,7 +28,7 @@ from vllm_align_spec import options, registry
 from vllm_align_spec.engine import companions, control, v1, v2
 from vllm_align_spec.patches import STATE
 from vllm_align_spec.processors.asap import AsapProcessor
-from vllm_align_spec.processors.rows import Control, Layout, Processor, Rows, force, row_logsumexp, send
+from vllm_align_spec.processors.rows import Control, Layout, Processor, Rows, force, mask, row_logsumexp, send
 
 logger = logging.getLogger("vllm.align_spec")
 
@@ -325,7 +325,7 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             return None
         assert self.control_ids is not None
         with self.guard(slots, processor):
-            rows.logits[rows.index[..., None], self.control_ids] = -torch.inf
+            mask(rows.logits, rows.index, self.control_ids)
             return processor.apply(replace(rows, control=self.control_ids))
         failed = self.control_ids[Control.FAILED].expand(rows.index.shape)
         force(rows.logits, rows.index, torch.ones_like(rows.index, dtype=torch.bool), failed)

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from vllm_align_spec.options import MAX_STOP_IDS
-from vllm_align_spec.processors.rows import Control, HostRows, Layout, Processor, Rows, force, row_logsumexp, send
+from vllm_align_spec.processors.rows import HostRows, Layout, Processor, Rows, force, row_logsumexp, send
 
 if TYPE_CHECKING:
     from vllm_align_spec.processors.trie import Tries
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.align_spec")
 
 MODES = ("adaptive", "exact", "weighted")
-_EXACT = MODES.index("exact")
 
 
 class State(IntEnum):
@@ -97,10 +96,6 @@ class Drawn:
     token_log_h: torch.Tensor  # log h with which it was drawn
     draft_log_p: torch.Tensor  # log P of the row's draft token; -inf where there is none or it is illegal
 
-    def pack(self) -> torch.Tensor:
-        """[6, S, L] in the order of the fields: one copy to the host."""
-        return torch.stack([t.double() for t in vars(self).values()])
-
 
 def draw(
     logits: torch.Tensor,
@@ -147,7 +142,7 @@ def draw(
     )  # fmt: skip
 
 
-def survives(
+def thin(
     log_h: torch.Tensor, log_used: torch.Tensor, first: torch.Tensor, log_bank: torch.Tensor, log_coin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Thinning, row after row: survive with probability min(1, m rho), then m <- max(1, m rho).
@@ -159,20 +154,18 @@ def survives(
         log_used: [S, L] log h(u), as used one row before.
         first: [S] bool, whether row 0 is an attempt's first, which is not thinned.
         log_bank: [S] log m before row 0.
-        log_coin: [S, L] log of a uniform number each.
+        log_coin: [S, L] log of a uniform number each; the lowest finite number where nothing is thinned.
 
     Returns:
         [S, L] bool, [S, L] log rho (0 at first rows), [S, L] log m after each row.
     """
-    log_rho = torch.where(log_h == -torch.inf, -torch.inf, log_h - log_used)
-    log_rho[:, 0] = torch.where(first & (log_h[:, 0] > -torch.inf), 0.0, log_rho[:, 0])
-    alive, banks = [], []
-    for r in range(log_h.shape[1]):
-        with_bank = log_bank + log_rho[:, r]
-        alive.append(log_coin[:, r] <= with_bank)
-        log_bank = with_bank.clamp(min=0.0)
-        banks.append(log_bank)
-    return torch.stack(alive, 1), log_rho, torch.stack(banks, 1)
+    if log_h.is_cuda:
+        from vllm_align_spec.processors import kernels
+
+        return kernels.thin(log_h, log_used, first, log_bank, log_coin)
+    from vllm_align_spec.processors import loops
+
+    return loops.thin(log_h, log_used, first, log_bank, log_coin)
 
 
 @dataclass
@@ -182,7 +175,7 @@ class _Step:
     entry: _Int  # [S]
     host: HostRows
     node: np.ndarray[Any, np.dtype[np.int32]]  # [S, L]
-    numbers: torch.Tensor  # [9, S, L] on the host: the fields of `Drawn`, then what `survives` returns
+    numbers: torch.Tensor  # [9, S, L] on the host: the fields of `Drawn`, then what `thin` returns
     arrived: torch.cuda.Event | None
     turn: int
     seconds: float
@@ -328,7 +321,7 @@ class AsapProcessor(Processor):
         self._settle(before=self._turn)
         e, device, width = rows.entry_np.astype(np.int64), rows.logits.device, host.draft.shape[1]
         count = host.count.astype(np.int64)
-        node, offsets, child, child_log_c, of_rows, of_requests, limits, mode, state = self._look_up(
+        node, offsets, child, child_log_c, of_rows, of_requests, limits, otherwise = self._look_up(
             *self._state, e, host.position.astype(np.int64), count, host.draft.astype(np.int64)
         )
         host = replace(host, count=count)
@@ -355,16 +348,11 @@ class AsapProcessor(Processor):
             send(child, device),
             send(child_log_c, device),
         )
-        alive, log_rho, log_banks = survives(drawn.log_h, log_used, first > 0, log_bank, log_coin)
-        thinned = send(mode == _EXACT, device)[:, None]
-        alive = torch.where(thinned, alive, log_rho > -torch.inf)
-
+        alive, log_rho, log_banks = thin(drawn.log_h, log_used, first > 0, log_bank, log_coin)
         assert rows.control is not None
-        token = torch.where(alive, drawn.token, rows.control[Control.ABANDON])
-        failed = send(state == State.FAILED, device)[:, None]
-        token = torch.where(failed, rows.control[Control.FAILED], token)
+        token = torch.where(alive, drawn.token, rows.control[send(otherwise, device)][:, None])
         force(rows.logits, rows.index, send(np.arange(width) < count[:, None], device), token)
-        numbers = torch.cat([drawn.pack(), torch.stack([alive.double(), log_rho, log_banks])])
+        numbers = torch.stack([t.double() for t in (*vars(drawn).values(), alive, log_rho, log_banks)])
         self._send_back(e, host, node, numbers, host_seconds)
         return torch.full_like(rows.count, width)
 

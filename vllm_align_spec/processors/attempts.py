@@ -12,12 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from vllm_align_spec.processors.asap import ATTEMPT, PLACE, State
+from vllm_align_spec.processors.asap import ATTEMPT, MODES, PLACE, State
 from vllm_align_spec.processors.loops import jit
+from vllm_align_spec.processors.rows import Control
 from vllm_align_spec.processors.trie import BYTES_PER_NODE, Arena, Tries, children, find, record
 
 _Array = np.ndarray[Any, np.dtype[Any]]
 _LIVE, _REJECTED, _DEAD_END, _FAILED = (int(state) for state in State)
+_EXACT, _ABANDON, _FAIL = MODES.index("exact"), int(Control.ABANDON), int(Control.FAILED)
+_LOWEST = float(np.finfo(np.float64).min)
 _STEP, _FIRST, _SECOND = (np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
@@ -66,9 +69,9 @@ def look_up(
 
     Returns:
         nodes [S, L] int32; offsets [S * L + 1], tokens [K] and log c~ [K] of visited children; [3, S, L] a uniform
-        number, the log of another one, and the log h with which the row was sampled; [3, S] 1/temperature, log bank,
-        1.0 at an attempt's first row; [2, S, L] bool whether the row must end, and whether it must not; [S] mode;
-        [S] state.
+        number, the log of a coin that decides whether the row survives, and the log h with which it was sampled;
+        [3, S] 1/temperature, log bank, 1.0 at an attempt's first row; [2, S, L] bool whether the row must end, and
+        whether it must not; [S] `rows.Control` that is forced where a row does not survive.
     """
     nodes, tries = arena[0], arena[1]
     requests, width = draft.shape
@@ -76,7 +79,7 @@ def look_up(
     of_rows = np.zeros((3, requests, width))
     of_requests = np.empty((3, requests))
     limits = np.zeros((2, requests, width), np.bool_)
-    mode, state = np.empty(requests, np.int64), np.empty(requests, np.int64)
+    otherwise = np.empty(requests, np.int64)
     for s in range(requests):
         e = entry[s]
         a = attempt[e]
@@ -102,7 +105,13 @@ def look_up(
             elif r < count[s] and not lost and node[s, r - 1] >= 0:
                 node[s, r] = find(nodes, node[s, r - 1], draft[s, r - 1])
             of_rows[0, s, r] = uniform(a.seed, 2 * (out + r))
-            of_rows[1, s, r] = math.log(uniform(a.seed, 2 * (out + r) + 1))
+            # The rows of a failed attempt never survive; without thinning, all do from which a token can be drawn.
+            if a.state == _FAILED:
+                of_rows[1, s, r] = np.inf
+            elif a.mode == _EXACT:
+                of_rows[1, s, r] = math.log(uniform(a.seed, 2 * (out + r) + 1))
+            else:
+                of_rows[1, s, r] = _LOWEST
             if r == 0:
                 of_rows[2, s, r] = at.log_h
             elif node[s, r] >= 0:
@@ -111,9 +120,9 @@ def look_up(
             limits[1, s, r] = out + r < a.shortest
         of_requests[0, s], of_requests[1, s] = a.inverse_temperature, at.log_bank
         of_requests[2, s] = 1.0 if out == 0 else 0.0
-        mode[s], state[s] = a.mode, a.state
+        otherwise[s] = _FAIL if a.state == _FAILED else _ABANDON
     offsets, child, child_log_c, _ = children(nodes, node.reshape(-1))
-    return node, offsets, child, child_log_c, of_rows, of_requests, limits, mode, state
+    return node, offsets, child, child_log_c, of_rows, of_requests, limits, otherwise
 
 
 @jit
@@ -141,7 +150,7 @@ def take_in(
         count: [S] int64, as `look_up` left it.
         draft: [S, L] int64.
         known: [S, L] int32, the nodes that `look_up` found.
-        numbers: [9, S, L] float64: the fields of `asap.Drawn`, then what `asap.survives` returns.
+        numbers: [9, S, L] float64: the fields of `asap.Drawn`, then what `asap.thin` returns.
     """
     log_h, unvisited, token = numbers[0], numbers[1], numbers[2]
     token_log_p, token_log_h, draft_log_p = numbers[3], numbers[4], numbers[5]

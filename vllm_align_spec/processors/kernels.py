@@ -372,3 +372,18 @@ def asap_draw(
     )
     log_h, log_unvisited, token_log_p, token_log_h, draft_log_p = numbers
     return log_h, log_unvisited, token, token_log_p, token_log_h, draft_log_p
+
+
+def thin(
+    log_h: torch.Tensor, log_used: torch.Tensor, first: torch.Tensor, log_bank: torch.Tensor, log_coin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `asap.thin`; in torch, for a loop over L with S numbers each."""
+    log_rho = torch.where(log_h == -torch.inf, -torch.inf, log_h - log_used)
+    log_rho[:, 0] = torch.where(first & (log_h[:, 0] > -torch.inf), 0.0, log_rho[:, 0])
+    alive, banks = [], []
+    for r in range(log_h.shape[1]):
+        with_bank = log_bank + log_rho[:, r]
+        alive.append(log_coin[:, r] <= with_bank)
+        log_bank = with_bank.clamp(min=0.0)
+        banks.append(log_bank)
+    return torch.stack(alive, 1), log_rho, torch.stack(banks, 1)

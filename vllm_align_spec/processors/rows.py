@@ -209,7 +209,9 @@ def row_logsumexp(logits: torch.Tensor, line: torch.Tensor, scale: torch.Tensor)
         from vllm_align_spec.processors import kernels
 
         return kernels.row_logsumexp(logits, line, scale)
-    return logits.index_select(0, line).float().mul_(scale[:, None]).logsumexp(-1)
+    from vllm_align_spec.processors import loops
+
+    return loops.row_logsumexp(logits, line, scale)
 
 
 def row_entropy(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -245,6 +247,22 @@ def force(logits: torch.Tensor, index: torch.Tensor, where: torch.Tensor, tokens
 
         kernels.force(logits, index, where, tokens)
         return
-    lines = index[where]
-    logits[lines] = float("-inf")
-    logits[lines, tokens[where]] = 0.0
+    # numpy takes a fifth of the time that torch takes to index so little.
+    x, chosen = logits.numpy(), where.numpy()
+    lines = index.numpy()[chosen]
+    x[lines] = -np.inf
+    x[lines, tokens.numpy()[chosen]] = 0.0
+
+
+def mask(logits: torch.Tensor, index: torch.Tensor, ids: torch.Tensor) -> None:
+    """Makes tokens illegal in place.
+
+    Args:
+        logits: [N, V] float32.
+        index: [S, L] int64 lines of ``logits``.
+        ids: [I] int64 token ids.
+    """
+    if logits.is_cuda:
+        logits[index[..., None], ids] = float("-inf")
+    else:
+        logits.numpy()[index.numpy()[..., None], ids.numpy()] = -np.inf
