@@ -254,6 +254,34 @@ def test_a_dead_end_costs_its_prefixes_their_mass_and_nothing_becomes_nan():
     assert not any(np.isnan(values).any() for values in contents(tries, trie).values())
 
 
+def test_what_c_loses_child_by_child_adds_up_to_what_all_children_say():
+    """A thousand children of as many grandchildren die one after the other: differences of c~, down to the last."""
+    width, log_p = 40, -math.log(40)
+    tries = Tries(BYTES_PER_NODE * 3000)
+    trie = tries.open(b"k")
+    root = sample(tries, trie, [], [], [0.0])[0]
+    rest = [math.log1p(-k / width) for k in range(width)] + [-INF]  # what k visited children leave
+    inner = [sample(tries, trie, [a], [log_p], [rest[a], 0.0])[-1] for a in range(width)]
+    leaves = [
+        (a, sample(tries, trie, [a, b], [log_p, log_p], [-INF, rest[b], 0.0])[-1])
+        for a in range(width)
+        for b in range(width)
+    ]
+    assert tries.log_c([root])[0] == pytest.approx(0.0, abs=1e-9)
+    random.Random(0).shuffle(leaves)
+    before, left = 0.0, dict.fromkeys(range(width), width)
+    for dead, (a, leaf) in enumerate(leaves, 1):
+        tries.record([trie], [leaf], [-1], [-1], [-1], [0.0], [-INF])
+        left[a] -= 1
+        for node, share in ((root, 1 - dead / width**2), (inner[a], left[a] / width)):
+            # Of a node's mass, what its visited children do not take is a trillionth at least.
+            expected = math.log(share) if share > 1e-6 else -20.0
+            found = tries.log_c([node])[0]
+            assert found == pytest.approx(expected, abs=1e-9) if share > 1e-6 else found < expected
+        assert tries.log_c([root])[0] <= before
+        before = tries.log_c([root])[0]
+
+
 def test_a_nan_and_masses_above_one_round_up_to_one():
     tries = Tries(100 * BYTES_PER_NODE)
     trie = tries.open(b"nan")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -22,6 +24,19 @@ _UNDERFLOW = np.float32(-127.0)
 _C0, _C1, _C2, _C3, _C4, _C5, _C6 = map(
     np.float32, (1.0, 0.693147207, 0.240226509, 0.0555032723, 0.00961805668, 0.00134004282, 0.000154614447)
 )
+
+
+def _forget_outdated() -> None:
+    """numba compiles a function anew when its own file changed, not when that of a function which it calls did."""
+    here = Path(__file__).parent
+    changed = max(file.stat().st_mtime for file in here.glob("*.py"))
+    for index in (here / "__pycache__").glob("*.nbi"):
+        with contextlib.suppress(OSError):
+            if index.stat().st_mtime < changed:
+                index.unlink()
+
+
+_forget_outdated()
 
 
 def jit(function: _F, **options: Any) -> _F:

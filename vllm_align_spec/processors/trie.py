@@ -48,7 +48,7 @@ NODE = np.dtype(
         ("parent", np.int32),  # -1 at a root
         ("first_child", np.int32),
         ("depth", np.int32),  # tokens from the root
-        ("queued", np.int32),  # whether `record` will recompute log_c; 0 between calls
+        ("queued", np.int32),  # what `record` will do to log_c; 0 between calls
     ]
 )
 BYTES_PER_NODE = NODE.itemsize
@@ -67,7 +67,9 @@ _STATE = np.dtype(
         ("epoch", np.int64),  # what `_insert` marks new nodes with
     ]
 )
-_LN_FLOOR = math.log(1e-12)
+_LN_FLOOR, _LN_2 = math.log(1e-12), math.log(2.0)
+_LESS, _WHOLE = 1, 2
+"""What `record` does to a queued node: take from log c~ what its children lost, or compute it from all of them."""
 
 _Records = np.ndarray[Any, np.dtype[np.void]]
 _Int = np.ndarray[Any, np.dtype[np.int64]]
@@ -98,6 +100,22 @@ def _log_c(nodes: _Records, node: int, visited: bool = True) -> float:
             total += math.exp(term - top)
         child = nodes[child].next_sibling
     return top + math.log(total)  # type: ignore[no-any-return]
+
+
+@jit
+def _lessen(nodes: _Records, node: int, child: int, old: float) -> None:
+    """Takes from c~ of a node what it loses because c~ of a child fell from ``old``, without asking the other children.
+
+    A difference is only as exact as what it is taken from. Where it would be less than half of that, or below a power
+    of two that c~ was above, the node is left to be recomputed from all of its children."""
+    log_c, fallen = nodes[node].log_c, nodes[child].log_c - old
+    share = -math.exp(nodes[child].log_p + old - log_c) * math.expm1(fallen)
+    if share < 0.5:
+        less = log_c + math.log1p(-share)
+        if math.floor(less / _LN_2) == math.floor(log_c / _LN_2):
+            nodes[node].log_c = less
+            return
+    nodes[node].queued = _WHOLE
 
 
 @jit
@@ -192,7 +210,7 @@ def _queue(nodes: _Records, node: int, dirty: _Int, count: int) -> int:
     """Puts a node, once, on the list of those to recompute."""
     if nodes[node].queued:
         return count
-    nodes[node].queued = 1
+    nodes[node].queued = _WHOLE
     dirty[count] = (np.int64(nodes[node].depth) << 32) | node
     return count + 1
 
@@ -243,7 +261,7 @@ def record(
     # (3) Back up, level by level from the deepest. A level holds the dirty nodes of its depth and the parents of those
     # nodes one deeper that changed; the parents overwrite the front of the list, which has been read by then.
     dirty = np.sort(dirty[:count])
-    level = np.empty(count, np.int64)
+    level, before = np.empty(count, np.int64), np.empty(count)  # nodes, and log c~ of each before this call
     width = 0
     depth = np.int64(0)
     while count > 0 or width > 0:
@@ -251,20 +269,24 @@ def record(
             depth = dirty[count - 1] >> 32
         while count > 0 and dirty[count - 1] >> 32 == depth:
             count -= 1
-            level[width] = dirty[count] & 0xFFFFFFFF
+            u = dirty[count] & 0xFFFFFFFF
+            level[width], before[width] = u, nodes[u].log_c
             width += 1
         above = 0
         for i in range(width):
-            u = level[i]
+            u, old = level[i], before[i]
+            if nodes[u].queued == _WHOLE:
+                log_c = _log_c(nodes, u)
+                nodes[u].log_c = log_c if log_c < old else old
             nodes[u].queued = 0
-            log_c = _log_c(nodes, u)
-            if log_c < nodes[u].log_c:
-                nodes[u].log_c = log_c
-                p = nodes[u].parent
-                if p >= 0 and not nodes[p].queued:
-                    nodes[p].queued = 1
-                    level[above] = p
+            p = nodes[u].parent
+            if p >= 0 and nodes[u].log_c < old:
+                if not nodes[p].queued:
+                    nodes[p].queued = _LESS
+                    level[above], before[above] = p, nodes[p].log_c
                     above += 1
+                if nodes[p].queued == _LESS:
+                    _lessen(nodes, p, u, old)
         width = above
         depth -= 1
 
