@@ -1,6 +1,6 @@
 """Acceptance and speed of FSPAD's drafter, its ablations, GRIFFIN and EAGLE on the lab's base model.
 
-All drafters were trained alike (``lab drafters``) and answer the same held-out prompts, greedily, in the real engine.
+All drafters were trained alike (``lab drafters``), but for GRIFFIN's second stage, and answer the same held-out prompts, greedily, in the real engine.
 *Tokens per forward* counts every forward pass of the target, the prompt's and those that had no drafts included. The
 draft length of each drafter is chosen on every second prompt and its figure taken from the others; ratios are paired by
 prompt. Speed is that of equally long answers, each timed right after plain decoding of the same prompts. Drafters of
@@ -32,14 +32,13 @@ from vllm_align_spec.bench.measure import (
 )
 from vllm_align_spec.bench.shares import SHARES, measure
 from vllm_align_spec.drafters.config import VARIANTS, read
-from vllm_align_spec.lab.drafters import WIDE
+from vllm_align_spec.lab.drafters import NAMES, WIDE
 
 if TYPE_CHECKING:
     from vllm_align_spec.engine.offline import LLM
 
 MAIN_DRAFTS = 4
 BATCHES = (1, 8)
-DRAFTERS = (*VARIANTS, WIDE)
 SHARE_TOKENS = 64
 Counts = list[tuple[int, int]]
 """(tokens, forward passes of the target) of each prompt."""
@@ -58,7 +57,7 @@ def run(*, quick: bool, json_file: Path | None, out: Path, other_seeds: Sequence
     drafts: tuple[int, ...] = (MAIN_DRAFTS,) if quick else (2, 3, 4, 5, 6)
     count, tokens, repeats = (48, 64, {1: 4, 8: 2}) if quick else (96, 96, {1: 6, 8: 4})
     result = Result("fspad")
-    sizes = {name: read(lab.drafter_path(name)).parameters() for name in DRAFTERS}
+    sizes = {name: read(lab.drafter_path(name)).parameters() for name in NAMES}
     result.setting |= {
         "models": {"target": "lab base", "drafters": sizes},
         "num_speculative_tokens": list(drafts),
@@ -72,7 +71,7 @@ def run(*, quick: bool, json_file: Path | None, out: Path, other_seeds: Sequence
     accepted: dict[str, dict[int, list[float]]] = result.tables.setdefault("accepted_by_position", {})
     seconds: dict[str, dict[int, dict[str, Any]]] = result.samples.setdefault("seconds", {})
     again: list[dict[str, Counts]] = result.samples.setdefault("counts_of_other_seeds", [])
-    total = len(DRAFTERS) * (len(drafts) + len(other_seeds))
+    total = len(NAMES) * (len(drafts) + len(other_seeds))
     with result.kept(out), Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
         TimeElapsedColumn(), TimeRemainingColumn(), console=console,
@@ -80,7 +79,7 @@ def run(*, quick: bool, json_file: Path | None, out: Path, other_seeds: Sequence
         task = progress.add_task("", total=total)
         with _engine(None, 0) as plain:
             prompts = _prompts(plain, count)
-            for name in DRAFTERS:
+            for name in NAMES:
                 for k in drafts:
                     progress.update(task, description=f"{k} drafts of {name}")
                     with _engine(lab.drafter_path(name), k) as engine:
@@ -96,7 +95,7 @@ def run(*, quick: bool, json_file: Path | None, out: Path, other_seeds: Sequence
         length = {name: _chosen(of_k) for name, of_k in counts.items()}
         for seed, folder in enumerate(other_seeds, 1):
             again.append({})
-            for name in DRAFTERS:
+            for name in NAMES:
                 progress.update(task, description=f"{name} of another seed ({seed})")
                 with _engine(folder / name, length[name]) as engine:
                     again[-1][name], _ = _count(engine, prompts, tokens, length[name])
@@ -217,14 +216,15 @@ def _figures(
     result.tables["tokens_per_forward"] = {v: {k: _rate(c) for k, c in of_k.items()} for v, of_k in counts.items()}
     result.tables["tokens_per_forward_of_other_seeds"] = [{v: _rate(c) for v, c in of.items()} for of in again]
     result.tables["chosen_drafts"] = length
-    best = max(VARIANTS, key=lambda v: _rate(counts[v][length[v]][::2]))
-    result.tables["best"] = best
+    best, alike = (max(of, key=lambda v: _rate(counts[v][length[v]][::2])) for of in (NAMES, VARIANTS))
+    result.tables |= {"best": best, "best_trained_alike": alike}
     seeds = [{name: of_k[length[name]] for name, of_k in counts.items()}, *again]
     for seed, of in enumerate(seeds):
         held = {name: found[1::2] for name, found in of.items()}
         suffix = f"_other_seed_{seed}" if seed else ""
         result.figures[f"ratio_to_eagle{suffix}"] = _paired(held["fspad"], held["eagle"], ">= 1.15")
         result.figures[f"best_ratio_to_eagle{suffix}"] = _paired(held[best], held["eagle"], ">= 1.30")
+        result.figures[f"best_trained_alike_ratio_to_eagle{suffix}"] = _paired(held[alike], held["eagle"])
         for name in (WIDE, "no-feature-sampling", "no-partial-alignment"):
             key = f"ratio_to_{name.replace('-', '_')}{suffix}"
             result.figures[key] = _paired(held["fspad"], held[name], ">= 1.00")

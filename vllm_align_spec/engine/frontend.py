@@ -18,7 +18,9 @@ import uuid
 import weakref
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from http import HTTPStatus
 from typing import Any
 
@@ -227,7 +229,7 @@ class Frontend:
             raise VLLMValidationError(
                 f"The prompt has {len(token_ids)} tokens; accepted: 1 to {engine.model_config.max_model_len - 1}"
             )
-        params = params.clone()
+        params = copy(params)
         params.extra_args = {k: v for k, v in (params.extra_args or {}).items() if not is_ours(k)} or None
         bends = _bends(params, engine.model_config)
         strategy = self._strategy(options)
@@ -312,11 +314,15 @@ class Frontend:
         (rendered,) = engine.renderer.render_cmpl([parse_model_prompt(engine.model_config, prompt)], tokenization)
         return dict(rendered)
 
-    def _stop_token_ids(self, params: SamplingParams) -> list[int]:
+    @cached_property
+    def _end_token_ids(self) -> Sequence[int | None]:
         engine = self.engine
         from_model = engine.input_processor.generation_config_fields.get("eos_token_id")
-        found = [engine.renderer.get_eos_token_id(), *(from_model if isinstance(from_model, list) else [from_model])]
-        return list(dict.fromkeys(i for i in [*found, *(params.stop_token_ids or ())] if i is not None))
+        return engine.renderer.get_eos_token_id(), *(from_model if isinstance(from_model, list) else [from_model])
+
+    def _stop_token_ids(self, params: SamplingParams) -> list[int]:
+        found = (*self._end_token_ids, *(params.stop_token_ids or ()))
+        return list(dict.fromkeys(i for i in found if i is not None))
 
     async def serve(self, call: Call) -> AsyncGenerator[RequestOutput, None]:
         """The client's outputs. Ends, is closed or is cancelled: then nothing runs on for the request.
@@ -506,7 +512,7 @@ class _Choice:
         whole: bool = False,
     ) -> AsyncGenerator[Chunk, None]:
         """See `strategies.base.Engine.generate`."""
-        params = self._params.clone()
+        params = copy(self._params)  # vLLM takes a deep one of its own
         params.detokenize = False
         params.stop = []
         params.output_text_buffer_length = 0

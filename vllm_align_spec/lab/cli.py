@@ -26,13 +26,20 @@ def add_parser(subparsers: Subparsers) -> None:
     build.set_defaults(run=_build)
 
     drafters = actions.add_parser(
-        "drafters", help="train base's drafters, one a variant and a widened EAGLE, from a seed"
+        "drafters", help="train base's drafters from a seed: one a variant, a widened EAGLE, and GRIFFIN's second stage"
     )
     drafters.add_argument(
         "--out", type=Path, default=lab.DRAFTERS_FOLDER, help="folder to fill (default: the package's)"
     )
-    drafters.add_argument("--only", nargs="+", metavar="NAME", help="train these only: a variant, or eagle-wide")
-    drafters.add_argument("--steps", type=int, default=1200, help="optimiser steps of each (default: 1200)")
+    drafters.add_argument(
+        "--only", nargs="+", metavar="NAME", help="train these only: a variant, eagle-wide, griffin-2"
+    )
+    drafters.add_argument(
+        "--steps",
+        type=int,
+        default=1200,
+        help="optimiser steps of each (default: 1200; the second stage: a third of them)",
+    )
     drafters.add_argument("--seed", type=int, default=0)
     drafters.add_argument("--data", type=Path, help="folder that keeps base's answers from one run to the next")
     drafters.set_defaults(run=_drafters)

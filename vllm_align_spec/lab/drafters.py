@@ -1,4 +1,5 @@
-"""Trains the drafters of the lab's base model: five variants and a widened EAGLE, with the same data and steps."""
+"""Trains the drafters of the lab's base model: five variants and a widened EAGLE, with the same data and steps, and
+GRIFFIN once more in two stages."""
 
 from __future__ import annotations
 
@@ -43,6 +44,12 @@ SHARED: dict[str, Any] = {
 STEPS = 1200
 WIDE = "eagle-wide"
 """EAGLE with as many parameters as FSPAD: tells what the equations bring from what the parameters bring."""
+SECOND = "griffin-2"
+"""GRIFFIN after a second stage on its own drafts, which the others do not have."""
+SECOND_STAGE: dict[str, Any] = {"passes": 2, "learning_rate": 5e-4}
+SECOND_STEPS = 1 / 3
+"""Of the first stage's."""
+NAMES = (*VARIANTS, WIDE, SECOND)
 
 
 def wide_intermediate_size() -> int:
@@ -89,7 +96,7 @@ def build(
 
     Args:
         out: the folder to fill.
-        only: variants or `WIDE`; all of them by default.
+        only: of `NAMES`; all by default. `SECOND` goes on from the ``griffin`` that is in ``out``.
         seed: of weights, order, noise and data.
         steps: optimiser steps of each.
         data: folder with answers that an earlier run wrote, or for this one to write; a temporary one by default.
@@ -105,20 +112,13 @@ def build(
         files: tuple[Path, ...] = (folder / "greedy.jsonl", folder / "written.jsonl")
         if not all(file.exists() for file in files):
             files = write_data(folder, seed)
-        for name in only or (*VARIANTS, WIDE):
-            wide = name == WIDE
+        for name in only or NAMES:
             config = TrainConfig(
                 target=str(lab.model_path("base")),
                 data=files,
                 out=Path(scratch) / name,
-                variant="eagle" if wide else name,
-                intermediate_size=wide_intermediate_size() if wide else None,
                 seed=seed,
-                max_steps=steps,
-                schedule_steps=steps,
-                evaluate_every=max(1, steps // 2),
-                checkpoint_every=steps,
-                **SHARED,
+                **SHARED | _particular(name, out, steps),
             )
             result = train(config, console=console)
             drafter = Drafter(read(config.out))
@@ -127,6 +127,23 @@ def build(
             report[name] = _figures(result, out / name)
             told = {"seed": seed, "steps": steps, "shared": SHARED, "greedy": GREEDY, "written": WRITTEN}
             report_file.write_text(json.dumps({**report, "setting": told}, indent=1) + "\n", encoding="utf-8")
+
+
+def _particular(name: str, out: Path, steps: int) -> dict[str, Any]:
+    """What `SHARED` leaves open."""
+    found: dict[str, Any] = {"variant": name}
+    if name == WIDE:
+        found = {"variant": "eagle", "intermediate_size": wide_intermediate_size()}
+    elif name == SECOND:
+        found = {"variant": "griffin", "start_from": out / "griffin", **SECOND_STAGE}
+        steps = max(1, round(steps * SECOND_STEPS))
+    return {
+        **found,
+        "max_steps": steps,
+        "schedule_steps": steps,
+        "evaluate_every": max(1, steps // 2),
+        "checkpoint_every": steps,
+    }
 
 
 def _figures(result: Result, folder: Path) -> dict[str, Any]:
