@@ -1,11 +1,11 @@
 """Acceptance and speed of FSPAD's drafter, its ablations, GRIFFIN and EAGLE on the lab's base model.
 
 All drafters were trained alike (``lab drafters``), but for GRIFFIN's second stage, and answer the same held-out
-prompts, greedily, in the real engine. *Tokens per forward* counts every forward pass of the target, the prompt's and those that
-had no drafts included. The draft length of each drafter is chosen on every second prompt and its figure taken from the
-others; ratios are paired by prompt. Speed is that of equally long answers, each timed right after plain decoding of the
-same prompts. Drafters of other training seeds (``--other-seeds``) are counted at the draft lengths that were chosen for
-the shipped ones.
+prompts, greedily, in the real engine. *Tokens per forward* counts every forward pass of the target, the prompt's and
+those that had no drafts included. The draft length of each drafter is chosen on every second prompt and its figure
+taken from the others; ratios are paired by prompt. Speed is that of equally long answers, each timed right after plain
+decoding of the same prompts. Drafters of other training seeds (``--other-seeds``) are counted at the draft lengths that
+were chosen for the shipped ones.
 """
 
 from __future__ import annotations
