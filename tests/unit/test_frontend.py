@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from contextlib import aclosing
 from types import SimpleNamespace
 
 import pytest
@@ -483,6 +484,20 @@ def choice_of(engine, extra_args, prompt_text="A question.", **params):
 
 JUDGED = {"rewards": {"short": {"kind": "program", "program": "length", "parameters": {"target": 2}}}}
 CARDS = {"cards": "on", "cards_threshold": 1.0}
+
+
+def test_a_strategy_that_draws_by_itself_launches_without_the_seed():
+    engine = StandIn(additional=JUDGED)
+    choice = choice_of(engine, CARDS, seed=5)
+
+    async def launch(**kwargs):
+        async with aclosing(choice.generate(PROMPT, max_tokens=2, min_tokens=0, **kwargs)) as chunks:
+            async for _ in chunks:
+                pass
+
+    for kwargs in ({}, {"seeded": False}, {"seed": 9}):
+        asyncio.run(launch(**kwargs))
+    assert [params.seed for _, params, _, _ in engine.calls] == [5, None, 9]
 
 
 def test_a_judge_sees_the_response_up_to_its_first_stop_string():
