@@ -126,6 +126,7 @@ def build(
             save_drafter(drafter, out / name, torch.float16)
             report[name] = _figures(result, out / name)
             told = {"seed": seed, "steps": steps, "shared": SHARED, "greedy": GREEDY, "written": WRITTEN}
+            told["second_stage"] = SECOND_STAGE
             report_file.write_text(json.dumps({**report, "setting": told}, indent=1) + "\n", encoding="utf-8")
 
 
