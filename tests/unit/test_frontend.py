@@ -7,6 +7,7 @@ import dataclasses
 from contextlib import aclosing
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 from transformers import AutoTokenizer
 from vllm.config import StructuredOutputsConfig
@@ -498,6 +499,29 @@ def test_a_strategy_that_draws_by_itself_launches_without_the_seed():
     for kwargs in ({}, {"seeded": False}, {"seed": 9}):
         asyncio.run(launch(**kwargs))
     assert [params.seed for _, params, _, _ in engine.calls] == [5, None, 9]
+
+
+def test_an_inner_request_says_on_the_wire_what_vllm_reads_there():
+    """Its parameters are of a class of ours, which the engine's process decodes as vLLM's own."""
+    engine = StandIn(additional=JUDGED)
+    choice = choice_of(engine, CARDS, seed=5, stop_token_ids=[50], top_p=1.0, stop=["x"], logprobs=2)
+
+    async def launch():
+        async with aclosing(choice.generate(PROMPT, max_tokens=2, min_tokens=0, arguments={"cards": "on"})) as chunks:
+            async for _ in chunks:
+                pass
+
+    asyncio.run(launch())
+    (_, params, _, _) = engine.calls[0]
+    read = msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams)
+    for name in SamplingParams.__struct_fields__:
+        assert getattr(read, name) == getattr(params, name), name
+    assert (read.seed, read.stop, read.logprobs, read.max_tokens) == (5, [], 2, 2)
+    control_ids = list(frontend.of(engine).control_ids)
+    assert read.stop_token_ids == [50, *control_ids]
+    assert {50, *control_ids} <= read._all_stop_token_ids
+    assert choice._params.stop_token_ids == [50], "what the client asked for stays as it was"
+    assert not set(control_ids) & choice._params._all_stop_token_ids
 
 
 def test_a_judge_sees_the_response_up_to_its_first_stop_string():

@@ -445,6 +445,20 @@ class Frontend:
         return merged
 
 
+class _Verified(SamplingParams):
+    """Parameters of an inner request. Those that it is made of were verified at admission; a grammar would cost every
+    attempt as much again."""
+
+    @classmethod
+    def like(cls, params: SamplingParams, **changed: Any) -> _Verified:
+        """What ``params`` say, apart from what is changed. For one request: vLLM may keep it as it is."""
+        public = (name for name in params.__struct_fields__ if not name.startswith("_"))
+        return cls(**{name: getattr(params, name) for name in public} | {"skip_clone": True} | changed)
+
+    def verify(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is left to find."""
+
+
 class _Choice:
     """One of a request's ``n`` choices; also the engine as its strategy sees it."""
 
@@ -512,29 +526,32 @@ class _Choice:
         whole: bool = False,
     ) -> AsyncGenerator[Chunk, None]:
         """See `strategies.base.Engine.generate`."""
-        params = copy(self._params)  # vLLM takes a deep one of its own
-        params.detokenize = False
-        params.stop = []
-        params.output_text_buffer_length = 0
-        params.output_kind = RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA
-        params.flat_logprobs = True
-        params.max_tokens = max_tokens
-        params.min_tokens = min_tokens
+        changed: dict[str, Any] = {
+            "detokenize": False,
+            "stop": [],
+            "output_text_buffer_length": 0,
+            "output_kind": RequestOutputKind.FINAL_ONLY if whole else RequestOutputKind.DELTA,
+            "flat_logprobs": True,
+            "max_tokens": max_tokens,
+            "min_tokens": min_tokens,
+        }
         if temperature is not None:
-            params.temperature, params.top_k, params.top_p, params.min_p = temperature, top_k or 0, 1.0, 0.0
+            changed |= {"temperature": temperature, "top_k": top_k or 0, "top_p": 1.0, "min_p": 0.0}
         if seed is not None or not seeded:
-            params.seed = seed
+            changed["seed"] = seed
         control_ids: Mapping[int, str] = {}
         if arguments is not None:
             worker_id = uuid.uuid4().hex
             if reported:
                 self.ask()
                 self._worker_id = worker_id
-            params.extra_args = {**(params.extra_args or {}), **arguments, "align_spec_id": worker_id}
+            extra = {**(self._params.extra_args or {}), **arguments, "align_spec_id": worker_id}
             if self._call.strategy.control:
                 control_ids = self._frontend.control_ids
-                params.extra_args[control.KEY] = list(control_ids)
-                params.stop_token_ids = [*(params.stop_token_ids or ()), *control_ids]
+                extra[control.KEY] = list(control_ids)
+                changed["stop_token_ids"] = [*(self._params.stop_token_ids or ()), *control_ids]
+            changed["extra_args"] = extra
+        params = _Verified.like(self._params, **changed)
         followed = (arguments or {}).get("align_spec_companions", ())
         async with self._frontend.places(followed), aclosing(self._launch(prompt_token_ids, params)) as outputs:
             async for output in outputs:
