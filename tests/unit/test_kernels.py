@@ -148,6 +148,27 @@ def test_thinning_is_the_same_on_both_devices():
             assert torch.equal(found, expected)
 
 
+def test_a_nan_in_a_row_is_a_dead_end_and_no_certainty():
+    """Also where the grammar masks it after the normaliser was taken; and what failed survives nothing."""
+    from vllm_align_spec.processors import asap, kernels, loops, rows
+
+    logits = torch.zeros(2, 300)
+    logits[:, 7] = float("nan")
+    one = torch.ones(2)
+    unmasked = rows.row_logsumexp(logits, torch.arange(2), one)
+    logits[0, 7] = -INF
+    no, none = torch.zeros(2, 1, dtype=torch.bool), torch.full((2, 1), -1)
+    drawn = asap.draw(
+        logits, torch.arange(2)[:, None], unmasked[:, None], one.double(), one.double()[:, None] / 2, none,
+        none, no, no, torch.zeros(3, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0).double(),
+    )  # fmt: skip
+    assert (drawn.log_h <= 1e-6).all()
+    for log_h in (-1.0, INF):
+        given = torch.full((1, 1), log_h).double(), torch.zeros(1, 1).double(), no[0], torch.zeros(1).double()
+        for thin in (loops.thin, kernels.thin):
+            assert not thin(*given, torch.full((1, 1), INF).double())[0].any()
+
+
 @in_a_process(interpreted=True)
 def test_row_entropy_equals_torch():
     from vllm_align_spec.processors import kernels, rows

@@ -59,6 +59,9 @@ def run(*, quick: bool, json_file: Path | None, out: Path, other_seeds: Sequence
     count, tokens, repeats = (48, 64, {1: 4, 8: 2}) if quick else (96, 96, {1: 6, 8: 4})
     result = Result("fspad")
     sizes = {name: read(lab.drafter_path(name)).parameters() for name in NAMES}
+    for folder in other_seeds:
+        for name in NAMES:
+            read(folder / name)  # that one is missing is better said now
     result.setting |= {
         "models": {"target": "lab base", "drafters": sizes},
         "num_speculative_tokens": list(drafts),
@@ -217,7 +220,7 @@ def _figures(
     result.tables["tokens_per_forward"] = {v: {k: _rate(c) for k, c in of_k.items()} for v, of_k in counts.items()}
     result.tables["tokens_per_forward_of_other_seeds"] = [{v: _rate(c) for v, c in of.items()} for of in again]
     result.tables["chosen_drafts"] = length
-    best, alike = (max(of, key=lambda v: _rate(counts[v][length[v]][::2])) for of in (NAMES, VARIANTS))
+    best, alike = (max(of, key=lambda v: _rate(counts[v][length[v]][::2])) for of in ({*NAMES} - {WIDE}, VARIANTS))
     result.tables |= {"best": best, "best_trained_alike": alike}
     seeds = [{name: of_k[length[name]] for name, of_k in counts.items()}, *again]
     for seed, of in enumerate(seeds):

@@ -51,7 +51,7 @@ class Assembler:
         request_id: the engine's name for the request, as the caller of ``generate`` gave it.
         prompt_token_ids: the client's whole prompt.
         prompt: its text, if known.
-        params: the client's parameters, not shared with anyone.
+        params: a copy of the client's parameters.
         tokenizer: vLLM's; None if the engine has none.
         stream_interval: the engine's.
     """

@@ -26,6 +26,7 @@ from vllm_align_spec.train.loop import Result, save_drafter, train
 GREEDY, WRITTEN = 1000, 4000
 """Requests that base answers itself, greedily, and conversations as they were written for base to learn from: those are
 what base says at temperature 1, as far as it learned."""
+GREEDY_FILE, WRITTEN_FILE = f"greedy-{GREEDY}.jsonl", f"written-{WRITTEN}.jsonl"
 SHARED: dict[str, Any] = {
     "epochs": 50,
     "batch_size": 8,
@@ -61,7 +62,7 @@ def wide_intermediate_size() -> int:
 
 def write_data(folder: Path, seed: int) -> tuple[Path, ...]:
     """Chats of the training side of the lab's language: as written, and with base's own greedy answers."""
-    asked, written, greedy = (folder / f"{name}.jsonl" for name in ("asked", "written", "greedy"))
+    asked, written, greedy = folder / f"asked-{GREEDY}.jsonl", folder / WRITTEN_FILE, folder / GREEDY_FILE
     documents = (d for d in world.stream(seed + 5000, "train") if d.messages)
     for file, count in ((asked, GREEDY), (written, WRITTEN)):
         lines = (json.dumps({"messages": list(d.messages)}) for d in itertools.islice(documents, count))
@@ -109,10 +110,10 @@ def build(
     with tempfile.TemporaryDirectory() as scratch:
         folder = data or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        files: tuple[Path, ...] = (folder / "greedy.jsonl", folder / "written.jsonl")
+        files: tuple[Path, ...] = (folder / GREEDY_FILE, folder / WRITTEN_FILE)
         if not all(file.exists() for file in files):
             files = write_data(folder, seed)
-        for name in only or NAMES:
+        for name in sorted(only, key=NAMES.index) if only else NAMES:
             config = TrainConfig(
                 target=str(lab.model_path("base")),
                 data=files,

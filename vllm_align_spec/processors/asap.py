@@ -154,7 +154,8 @@ def thin(
         log_used: [S, L] log h(u), as used one row before.
         first: [S] bool, whether row 0 is an attempt's first, which is not thinned.
         log_bank: [S] log m before row 0.
-        log_coin: [S, L] log of a uniform number each; the lowest finite number where nothing is thinned.
+        log_coin: [S, L] log of a uniform number each; the lowest finite number where nothing is thinned, inf where
+            nothing survives.
 
     Returns:
         [S, L] bool, [S, L] log rho (0 at first rows), [S, L] log m after each row.

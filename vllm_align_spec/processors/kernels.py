@@ -383,7 +383,7 @@ def thin(
     alive, banks = [], []
     for r in range(log_h.shape[1]):
         with_bank = log_bank + log_rho[:, r]
-        alive.append(log_coin[:, r] <= with_bank)
+        alive.append(log_coin[:, r] < with_bank)
         log_bank = with_bank.clamp(min=0.0)
         banks.append(log_bank)
     return torch.stack(alive, 1), log_rho, torch.stack(banks, 1)

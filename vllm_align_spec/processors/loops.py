@@ -26,25 +26,22 @@ _C0, _C1, _C2, _C3, _C4, _C5, _C6 = map(
 )
 
 
-def _forget_outdated() -> None:
-    """numba compiles a function anew when its own file changed, not when that of a function which it calls did."""
-    here = Path(__file__).parent
-    changed = max(file.stat().st_mtime for file in here.glob("*.py"))
-    for index in (here / "__pycache__").glob("*.nbi"):
-        with contextlib.suppress(OSError):
-            if index.stat().st_mtime < changed:
-                index.unlink()
-
-
-_forget_outdated()
+_CHANGED = max((file.stat().st_mtime for file in Path(__file__).parent.glob("[a-z_]*.py")), default=0.0)
+"""When code that a compiled function may contain last changed."""
 
 
 def jit(function: _F, **options: Any) -> _F:
     """The compiled function, from the cache on disk if it is there."""
     try:
-        return cast(_F, njit(cache=True, nogil=True, **options)(function))
+        compiled = njit(cache=True, nogil=True, **options)(function)
     except RuntimeError:  # no folder to cache in can be written to, as in containers with a read-only root
         return cast(_F, njit(nogil=True, **options)(function))
+    # numba compiles a function anew when its own file changed, not when that of a function which it calls did.
+    for index in Path(compiled.stats.cache_path).glob(f"*.{function.__name__}-*.nbi"):
+        with contextlib.suppress(OSError):
+            if index.stat().st_mtime < _CHANGED:
+                index.unlink()
+    return cast(_F, compiled)
 
 
 def row_logsumexp(logits: torch.Tensor, line: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -166,7 +163,7 @@ _weigh = jit(_weigh, fastmath={"reassoc", "contract"})
 
 @jit
 def _log(value: float) -> float:
-    return math.log(value) if value > 0.0 else -np.inf
+    return -np.inf if value <= 0.0 else math.log(value)
 
 
 @jit
@@ -340,7 +337,7 @@ def _thin(
             log_rho = -np.inf
             if log_h[s, r] > -np.inf:
                 log_rho = 0.0 if r == 0 and first[s] else log_h[s, r] - log_used[s, r]
-            alive[s, r] = log_coin[s, r] <= bank + log_rho
+            alive[s, r] = log_coin[s, r] < bank + log_rho
             bank = max(bank + log_rho, 0.0)
             numbers[0, s, r], numbers[1, s, r] = log_rho, bank
 

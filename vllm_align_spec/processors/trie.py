@@ -6,9 +6,9 @@ bounds it from above, from the visited prefixes alone::
     log c~(u) = logaddexp( U(u), LSE over visited children ua of (log P(a|u) + log c~(ua)) )
 
 U(u) is the log mass of the legal children that were not visited: each of them counts with c~ = 1, an illegal one with
-0. Everything is float64 in log space, where nothing cancels; in linear space a c~ of e^-800 would be 0. The parent's
-row is gone when a child appears, so its U is corrected by what the child takes, and renewed whenever the row is seen
-again::
+0. Everything is float64 in log space; in linear space a c~ of e^-800 would be 0. When c~ of a child falls, its parent's
+is lessened by the difference; where digits would cancel, it is summed anew. The parent's row is gone when a child
+appears, so its U is corrected by what the child takes, and renewed whenever the row is seen again::
 
     U <- max(U + log1p(-exp(log P(a|u) - U)), U + ln 1e-12)                  rounding up is sound: c~ stays >= c
 
