@@ -129,7 +129,7 @@ class Call:
     strategy: Strategy
     request: Request
     params: SamplingParams
-    """The client's, without our keys. Lists and the grammar in it are the client's own, and are not written to."""
+    """The client's, without our keys. What it holds is the client's own; vLLM notes the backend in the grammar."""
     request_id: str
     prompt_extras: Mapping[str, Any]
     """What inner prompts inherit: cache salt and arrival time."""
