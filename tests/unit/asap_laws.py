@@ -473,7 +473,7 @@ class Engine:
             rho = -INF if log_h == -INF else 0.0 if first else log_h - used
             if used > -INF:  # else the draft that led here cannot be drawn
                 self._close(log_rho[s, r], rho)
-                assert rho <= NEAR, "c~ rose"
+                assert log_h <= self._rounded_up(used, log_p[legal]) + NEAR, "c~ rose"
             if first:
                 lane.log_h0 = log_h
             counter = np.array([2 * len(prefix), 2 * len(prefix) + 1], dtype=np.uint64)
@@ -511,6 +511,11 @@ class Engine:
         i = s * index.shape[1] + r
         visited = child[int(offsets[i]) : int(offsets[i + 1])].tolist()
         return [*visited, *(a for a in range(self.world.vocab) if a not in visited)]
+
+    @staticmethod
+    def _rounded_up(log_c, log_p_legal):
+        """The most that a c~ may stand for: what a child leaves of a row is known to some float32 of the row's mass."""
+        return np.logaddexp(log_c, math.log(1e-6) + lse(log_p_legal))
 
     @staticmethod
     def _close(found, wanted):
@@ -581,7 +586,8 @@ class Engine:
             assert found.keys() <= expected
             assert found.keys() == expected or not self.all_noted
             for u in sorted(found, key=len, reverse=True):
-                assert found[u] >= self.world.log_c(u) - NEAR, f"c~{u} is below c"
+                least = self._rounded_up(found[u], self.world.log_p(u)[self.world.legal(u)])
+                assert least >= self.world.log_c(u) - NEAR, f"c~{u} is below c"
                 assert found[u] <= self.seen_log_c.get((key, u), 0.0), f"c~{u} rose"
                 self.seen_log_c[key, u] = found[u]
                 if self.single_calls:  # rows of one step in two calls are noted one after the other, rounded up

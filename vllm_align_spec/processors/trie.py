@@ -12,6 +12,8 @@ appears, so its U is corrected by what the child takes, and renewed whenever the
 
     U <- max(U + log1p(-exp(log P(a|u) - U)), U + ln 1e-12)                  rounding up is sound: c~ stays >= c
 
+A row's masses are float32 sums: what a large child leaves of them is known to some 1e-7 of the row until it is renewed.
+
 Between evictions c~ never rises. Prefixes that are illegal or were never visited have no node.
 
 Nodes are records of one array on the host, driven by numba. Children hang in a list (first_child, next_sibling), and
