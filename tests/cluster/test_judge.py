@@ -134,3 +134,49 @@ def test_arguments_that_it_does_not_know_are_named():
 
     with pytest.raises(ValidationError, match=r"judge\.devise"):
         build({"judge": {**JUDGE, "devise": "cpu"}})
+
+
+def test_replicas_come_with_the_load_and_go_with_it(url):
+    from ray import serve
+
+    from vllm_align_spec.cluster.judge import build
+
+    scaling = {
+        "min_replicas": 1,
+        "max_replicas": 3,
+        "target_ongoing_requests": 2,
+        "upscale_delay_s": 1,
+        "downscale_delay_s": 2,
+        "metrics_interval_s": 0.5,
+        "look_back_period_s": 2,
+    }
+    options = {"autoscaling_config": scaling, "ray_actor_options": {"num_cpus": 0.1}}
+    serve.run(build({"judge": JUDGE, "deployment": options}), route_prefix="/scaled", name="scaled")
+
+    def running():
+        return serve.status().applications["scaled"].deployments["judge"].replica_states.get("RUNNING", 0)
+
+    async def until(suits):
+        for _ in range(240):
+            if suits(running()):
+                return
+            await asyncio.sleep(0.5)
+        pytest.fail(f"{running()} replicas")
+
+    async def load():
+        remote = scorer(url.replace("/judge", "/scaled"), retries=8, timeout_s=120, max_concurrency=64)
+        asked = answers(4)
+        enough = asyncio.Event()
+
+        async def client():
+            while not enough.is_set():
+                assert len(await remote.score(asked)) == 4
+
+        clients = [asyncio.create_task(client()) for _ in range(16)]
+        await until(lambda replicas: replicas >= 2)
+        enough.set()
+        await asyncio.gather(*clients)
+        await until(lambda replicas: replicas == 1)
+
+    assert running() == 1
+    asyncio.run(load())
