@@ -24,7 +24,7 @@ from transformers import (
 from vllm_align_spec import lab
 from vllm_align_spec.drafters.config import check_target, read
 from vllm_align_spec.lab import cli, training, world
-from vllm_align_spec.lab.drafters import NAMES, SECOND, SECOND_STEPS, WIDE
+from vllm_align_spec.lab.drafters import NAMES, SECOND, WIDE
 from vllm_align_spec.lab.judge import Judge
 
 unhurried = settings(deadline=None, max_examples=60)  # a busy machine is no reason to fail
@@ -250,7 +250,7 @@ def test_every_drafter_ships_fits_base_and_was_trained_like_the_others(variant: 
     check_target(drafter, variant, target="base", hidden_size=base["hidden_size"], vocab_size=base["vocab_size"])
     report = json.loads((lab.DRAFTERS_FOLDER / "report.json").read_text())
     assert report[variant]["parameters"] == drafter.parameters()
-    assert report[variant]["steps"] == round(report["setting"]["steps"] * (SECOND_STEPS if variant == SECOND else 1))
+    assert report[variant]["steps"] == report["setting"]["steps"]
 
 
 @pytest.mark.slow

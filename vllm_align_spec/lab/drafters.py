@@ -46,10 +46,8 @@ STEPS = 1200
 WIDE = "eagle-wide"
 """EAGLE with as many parameters as FSPAD: tells what the equations bring from what the parameters bring."""
 SECOND = "griffin-2"
-"""GRIFFIN after a second stage on its own drafts, which the others do not have."""
-SECOND_STAGE: dict[str, Any] = {"passes": 2, "learning_rate": 5e-4}
-SECOND_STEPS = 1 / 3
-"""Of the first stage's."""
+"""GRIFFIN after a second stage, as long as the first, on its own drafts, which the others do not have."""
+SECOND_STAGE: dict[str, Any] = {"passes": 2, "learning_rate": 1e-3}
 NAMES = (*VARIANTS, WIDE, SECOND)
 
 
@@ -138,7 +136,6 @@ def _particular(name: str, out: Path, steps: int) -> dict[str, Any]:
         found = {"variant": "eagle", "intermediate_size": wide_intermediate_size()}
     elif name == SECOND:
         found = {"variant": "griffin", "start_from": out / "griffin", **SECOND_STAGE}
-        steps = max(1, round(steps * SECOND_STEPS))
     return {
         **found,
         "max_steps": steps,
