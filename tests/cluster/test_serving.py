@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
 import pytest
+from serving import start_server, stop_server
 
 from vllm_align_spec import lab
 
@@ -164,6 +166,30 @@ def test_replicas_learn_from_each_others_samples(cluster, client):
     while shard_nodes() < nodes:
         assert time.monotonic() < until, (shard_nodes(), nodes)
         time.sleep(0.5)
+
+
+def test_samples_split_over_two_replicas_teach_as_much_as_at_one(cluster, client, tmp_path):
+    """The mass at the root after n samples: as low as one server gets with n, and lower than with half of them."""
+
+    def learnt(client, root, salt, count):
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda seed: ask_grammar(client, salt, seed), range(count)))
+        exchanged()
+        response = ask_grammar(client, salt, count)
+        return httpx.get(f"{root}/v1/align_spec/reports/{response.id}").json()["choices"][0]["log_mass_at_root"]
+
+    count, times = 24, 10
+    split = [learnt(client, cluster[0], f"split {i}", count) for i in range(times)]
+    server = start_server(tmp_path / "log")
+    try:
+        one = [learnt(server.client, server.root, f"one {i}", count) for i in range(times)]
+        half = [learnt(server.client, server.root, f"half {i}", count // 2) for i in range(times)]
+    finally:
+        stop_server(server)
+    print(split, one, half)
+    noise = (statistics.variance(split) / times + statistics.variance(one) / times) ** 0.5
+    assert abs(statistics.mean(split) - statistics.mean(one)) < 4 * noise, (split, one)
+    assert statistics.mean(half) - statistics.mean(one) > 4 * noise, (half, one)
 
 
 def ask_grammar(client, salt, seed):

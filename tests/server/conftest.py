@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
+import foreign_judge
 import pytest
 from serving import MODELS, SPECULATION, JudgeEndpoint, PilotEndpoint, start_server, stop_server
-
-sys.path.append(str(Path(__file__).parents[1] / "unit"))
-import foreign_judge
 
 
 @pytest.fixture(scope="session")
