@@ -71,7 +71,7 @@ class AsapShareOptions(_Tree):
         pattern="^ray://",
         description="Of the cluster, where the server is no part of one: `ray://HOST:10001`. Ray Serve's replicas are.",
     )
-    interval_s: float = Field(1.0, ge=0.05, le=3600, description="Time between two exchanges of what is new.")
+    interval_s: float = Field(5.0, ge=0.05, le=3600, description="Time between two exchanges of what is new.")
     shards: int = Field(1, ge=1, le=64, description="Actors among which the tries are divided.")
     max_bytes: int = Field(2**30, ge=2**16, le=2**40, description="Most memory of one actor's tries, in bytes.")
 

@@ -21,6 +21,7 @@ MESSAGES = [{"role": "user", "content": "How do I repair a bicycle with 20 euros
 WSD = {"wsd": "shared", "wsd_gamma": 1.0, "wsd_max_draft": 8}
 INTERVAL_S = 0.2
 """Between two exchanges of tries."""
+COUNT, TIMES = 24, 10
 CONFIG = {
     "model_loading_config": {"model_id": "base", "model_source": str(lab.model_path("base"))},
     "accelerator_config": {"kind": "cpu"},
@@ -84,6 +85,36 @@ def ask(client, xargs=None, **kwargs):
     return client.chat.completions.create(
         model="base", messages=MESSAGES, temperature=0.0, max_tokens=24, **extra, **kwargs
     )
+
+
+@pytest.fixture(scope="module")
+def masses_at_one(tmp_path_factory):
+    """ASAp's mass at the root of one server, several times: after all of `COUNT` samples, and after half of them."""
+    server = start_server(tmp_path_factory.mktemp("one") / "log")
+    try:
+        masses = [
+            [learnt(server.client, server.root, f"{count} {i}", count) for i in range(TIMES)]
+            for count in (COUNT, COUNT // 2)
+        ]
+    finally:
+        stop_server(server)
+    return masses
+
+
+def test_samples_split_over_two_replicas_teach_as_much_as_at_one(masses_at_one, cluster, client):
+    one, half = masses_at_one
+    split = [learnt(client, cluster[0], f"split {i}", COUNT) for i in range(TIMES)]
+    noise = ((statistics.variance(split) + statistics.variance(one)) / TIMES) ** 0.5
+    assert abs(statistics.mean(split) - statistics.mean(one)) < 4 * noise, (split, one)
+    assert statistics.mean(half) - statistics.mean(one) > 4 * noise, (half, one)
+
+
+def learnt(client, root, salt, count):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda seed: ask_grammar(client, salt, seed), range(count)))
+    exchanged()
+    response = ask_grammar(client, salt, count)
+    return httpx.get(f"{root}/v1/align_spec/reports/{response.id}").json()["choices"][0]["log_mass_at_root"]
 
 
 def test_every_replica_knows_of_every_report(cluster, client):
@@ -166,30 +197,6 @@ def test_replicas_learn_from_each_others_samples(cluster, client):
     while shard_nodes() < nodes:
         assert time.monotonic() < until, (shard_nodes(), nodes)
         time.sleep(0.5)
-
-
-def test_samples_split_over_two_replicas_teach_as_much_as_at_one(cluster, client, tmp_path):
-    """The mass at the root after n samples: as low as one server gets with n, and lower than with half of them."""
-
-    def learnt(client, root, salt, count):
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda seed: ask_grammar(client, salt, seed), range(count)))
-        exchanged()
-        response = ask_grammar(client, salt, count)
-        return httpx.get(f"{root}/v1/align_spec/reports/{response.id}").json()["choices"][0]["log_mass_at_root"]
-
-    count, times = 24, 10
-    split = [learnt(client, cluster[0], f"split {i}", count) for i in range(times)]
-    server = start_server(tmp_path / "log")
-    try:
-        one = [learnt(server.client, server.root, f"one {i}", count) for i in range(times)]
-        half = [learnt(server.client, server.root, f"half {i}", count // 2) for i in range(times)]
-    finally:
-        stop_server(server)
-    print(split, one, half)
-    noise = (statistics.variance(split) / times + statistics.variance(one) / times) ** 0.5
-    assert abs(statistics.mean(split) - statistics.mean(one)) < 4 * noise, (split, one)
-    assert statistics.mean(half) - statistics.mean(one) > 4 * noise, (half, one)
 
 
 def ask_grammar(client, salt, seed):
