@@ -6,19 +6,18 @@ import json
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import httpx
 import openai
 import pytest
 import test_docs
 import yaml
+from rich.console import Console
 from serving import MESSAGES, MODELS
+
+from vllm_align_spec.bench.server import Server
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +27,7 @@ MODEL_NAMES = {
     "REWARD_MODEL": "judge",
     "DRAFTER": "drafters/fspad",
 }
-SMALL = ["--dtype", "float32", "--max-model-len", "512", "--block-size", "32", "--max-num-seqs", "8", "--enforce-eager"]
+SMALL = ["--max-model-len", "512", "--max-num-seqs", "8"]
 ENVIRONMENT = {
     **os.environ,
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -70,41 +69,6 @@ def run(folder, *words, timeout=300):
     return done.stdout
 
 
-class Serving:
-    def __init__(self, folder, words):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = folder / "log"
-        self._process = subprocess.Popen(
-            ["vllm-align-spec", *words, *SMALL, "--port", str(port)],
-            env=ENVIRONMENT,
-            stdout=self.log.open("wb"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-    def __enter__(self):
-        until = time.monotonic() + 300
-        while True:
-            try:
-                if httpx.get(f"{self.url}/health").status_code == 200:
-                    return self
-            except httpx.TransportError:
-                pass
-            alive = self._process.poll() is None and time.monotonic() < until
-            if not alive:
-                self.__exit__()
-                pytest.fail(self.log.read_text()[-3000:])
-            time.sleep(0.5)
-
-    def __exit__(self, *_):
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-
 def requests_of(page):
     """The options that a page's Python examples send."""
     for name, text in test_docs.blocks("python"):
@@ -124,8 +88,10 @@ def refused(client, model, kwargs):
 @pytest.mark.parametrize("words", SERVERS, ids=[f"{pages[0]} {i}" for i, pages in enumerate(SERVERS.values())])
 def test_a_server_of_the_docs_starts_and_serves_what_its_page_asks(tmp_path, words):
     pages = SERVERS[words]
-    with Serving(tmp_path, words) as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+    assert words[:2] == ("serve", str(MODELS / "base"))
+    with Server([*words[2:], *SMALL], tmp_path / "log") as server:
+        server.wait(Console(quiet=True))
+        client = openai.OpenAI(base_url=f"{server.root}/v1", api_key="none", max_retries=0, timeout=120)
         model = client.models.list().data[0].id
         for page, xargs in [(pages[0], {}), *((one, xargs) for one in pages for xargs in requests_of(one))]:
             kwargs = {"temperature": 1.0, "max_tokens": 16, "extra_body": {"vllm_xargs": xargs}}
@@ -142,14 +108,14 @@ def test_a_server_of_the_docs_starts_and_serves_what_its_page_asks(tmp_path, wor
         for page_of, others in OTHERS:
             if page_of in pages and others[0] == "calibrate":
                 (tmp_path / "prompts.jsonl").write_text(json.dumps({"messages": MESSAGES}) + "\n")
-                out = run(tmp_path, *others, "--url", f"{server.url}/v1", "--n", "2", "--max-tokens", "16")
+                out = run(tmp_path, *others, "--url", f"{server.root}/v1", "--n", "2", "--max-tokens", "16")
                 assert "cards_threshold" in out
         if "asap.md" in pages:
             batch = next(words for page_of, words in OTHERS if page_of == "cluster.md" and words[0] == "batch")
             line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions"}
             line["body"] = {"model": model, "messages": MESSAGES, "max_tokens": 4}
             (tmp_path / "requests.jsonl").write_text(json.dumps(line) + "\n")
-            run(tmp_path, *[server.url if word.startswith("http://") else word for word in batch])
+            run(tmp_path, *[server.root if word.startswith("http://") else word for word in batch])
             assert json.loads((tmp_path / "answers.jsonl").read_text())["response"]["status_code"] == 200
 
 
