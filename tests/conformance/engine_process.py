@@ -8,6 +8,33 @@ import os
 import sys
 
 
+def tries_of(worker):
+    """Digest and number of the nodes of ASAp's tries of this rank."""
+    from vllm_align_spec.engine.facade import _facades
+    from vllm_align_spec.processors.asap import AsapProcessor
+
+    (processor,) = (one for facade in _facades for one in facade.processors if isinstance(one, AsapProcessor))
+    processor._settle()
+    (news,) = processor._tries.news(0, {})
+    header = json.loads(news[8 : 8 + int.from_bytes(news[:8], "little")])  # of a safetensors file
+    return header["__metadata__"]["sha256"], processor._tries.nodes_used
+
+
+def exchange_at(llm, step, news):
+    """Gives news of tries to the workers before this step of the next batch; returns what they answer, later."""
+    took, seen = llm.llm_engine.step, []
+
+    def take():
+        seen.append(None)
+        if len(seen) == step:
+            found.append(llm.collective_rpc("align_spec_call", args=("tries", [0], news)))
+        return took()
+
+    found = []
+    llm.llm_engine.step = take
+    return found
+
+
 def main() -> None:
     config = json.loads(sys.argv[1])
     if config.pop("runner") == "v2":
@@ -79,7 +106,20 @@ def main() -> None:
     for line in sys.stdin:
         command = json.loads(line)
         if "reports" in command:
-            (answer,) = llm.collective_rpc("align_spec_call", args=("reports", command["reports"]))
+            of_ranks = llm.collective_rpc("align_spec_call", args=("reports", command["reports"]))
+            (answer,) = (one for one in of_ranks if one is not None)
+        elif "exchange" in command:
+            news = [bytes.fromhex(one) for one in command["exchange"]]
+            if command["step"]:
+                exchanged = exchange_at(llm, command["step"], news)
+                answer = True
+            else:
+                exchanged = [llm.collective_rpc("align_spec_call", args=("tries", [0], news))]
+                (((pieces, _), *others),) = exchanged
+                assert others == [None] * (len(others))
+                answer = [one.hex() for one in pieces]
+        elif "tries" in command:
+            answer = llm.collective_rpc(tries_of)
         elif "save_drafts" in command:
             from safetensors.torch import save_file
 

@@ -94,6 +94,14 @@ class Engine:
     def patches(self):
         return self._ask(patches=True)
 
+    def exchange(self, news=(), step=0):
+        """Gives the workers news of ASAp's tries, now or before this step of the next batch; their own, if now."""
+        return self._ask(exchange=list(news), step=step)
+
+    def tries(self):
+        """Of each rank, a digest and the number of the nodes of ASAp's tries."""
+        return [tuple(one) for one in self._ask(tries=True)]
+
     def generate(self, requests):
         """Runs requests in one batch. Those of a method are prepared as admission and strategy prepare them."""
         return self.collect(self.start(requests), requests)

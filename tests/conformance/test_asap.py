@@ -320,3 +320,30 @@ def test_the_labs_model_keeps_neighbours_under_speculation(engines):
     outputs = engine.generate([*requests, plain])
     assert greedy("base", plain["prompt"], outputs[-1]["tokens"], 0, 24) <= 1
     assert {state(o) for o in outputs[:4]} <= {"completed", "dead_end"}
+
+
+@pytest.mark.slow
+def test_ranks_hold_the_same_tries_and_take_in_a_delta_at_the_same_step(engines):
+    """A rank that took it a step later, or in other numbers, would draw other tokens and record other nodes."""
+    share = {"additional_config": {"align_spec": {"asap": {"share": {}}}}}
+    config = {"tensor_parallel_size": 2, "speculative_config": None, **share}
+    requests = [
+        {"prompt": [1, 9], "asap": "adaptive", "seed": seed, "params": {"temperature": 1.0, "max_tokens": 12}}
+        for seed in range(24)
+    ]
+    for request in requests:
+        request["params"]["grammar"] = {"regex": "[01]{6}"}
+    teacher = engines("v1", {"ALIGN_SPEC_TEST": "teacher"}, **config)
+    assert all(state(o) == "completed" for o in teacher.generate(requests[:12]))
+    one, other = teacher.tries()
+    assert one == other
+    (news,) = teacher.exchange()
+    pupil = engines("v1", {"ALIGN_SPEC_TEST": "pupil"}, **config)
+    pupil.exchange([news], step=4)
+    assert all(state(o) == "completed" for o in pupil.generate(requests[12:]))
+    learnt, same = pupil.tries()
+    assert learnt == same
+    assert learnt[1] > one[1]
+    alone = engines("v1", {"ALIGN_SPEC_TEST": "alone"}, **config)
+    alone.generate(requests[12:])
+    assert alone.tries()[0][1] < learnt[1]

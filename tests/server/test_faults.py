@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import openai
 import psutil
@@ -20,6 +21,7 @@ JUDGE = {"kind": "model", "model": str(MODELS / "judge")}
 OPTIONS = {
     "align_spec": {
         "asap": {"max_bytes": 2**16},
+        "reports": {"max_reports": 256},
         "companions": {"judge": {"model": str(MODELS / "judge"), "role": "reward"}},
         "rewards": {
             "good": JUDGE,
@@ -119,6 +121,24 @@ def test_clients_that_leave_in_mid_stream_leave_nothing_behind(server):
         next(iter(stream))
         stream.close()
     server.wait_idle(timeout_s=20)
+
+
+def test_memory_is_flat_over_two_thousand_requests(server):
+    """Rounds of requests of every method. Caches of the engine by the shapes of its batches fill in the first dozen of
+    rounds, and now and then by some MB later; what each request left behind would show in every round."""
+    processes = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+    names, per_round, used = list(METHODS), 98, []
+    for turn in range(21):
+        with ThreadPoolExecutor(16) as pool:
+            seeds = range(turn * per_round, (turn + 1) * per_round)
+            answers = list(pool.map(lambda seed: ask(server, names[seed % len(names)], 12, seed=seed), seeds))
+        assert len(answers) == per_round
+        server.wait_idle()
+        used.append([one.memory_info().rss / 2**20 for one in processes if one.is_running()])
+    for process, megabytes in enumerate(zip(*used, strict=True)):
+        grown = sorted(after - before for before, after in pairwise(megabytes[12:]))
+        assert grown[len(grown) // 2] < 0.6, (process, megabytes)
+    assert server.metric("align_spec:reports_stored") == 256
 
 
 def test_a_worker_that_is_killed_ends_every_request_with_an_error_and_then_the_server(tmp_path_factory):

@@ -841,6 +841,13 @@ def test_news_are_what_was_made_since_and_what_leads_there():
     assert Tries(100 * BYTES_PER_NODE).merge(news, HEADER, foreign=True) == 3
 
 
+def test_tries_that_are_not_shared_have_no_news():
+    tries = Tries(100 * BYTES_PER_NODE)
+    filled(tries, b"a", 2)
+    with pytest.raises(ValueError, match="nobody noted"):
+        tries.news(0, HEADER)
+
+
 def test_shards_divide_the_keys():
     tries = Tries(100 * BYTES_PER_NODE, shared=True)
     for key in (b"\x00", b"\x01", b"\x02", b"\x04"):

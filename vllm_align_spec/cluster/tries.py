@@ -85,16 +85,22 @@ class Sharing:
         identity: what logits depend on: replicas that agree in it share.
         call: calls the workers with ``tries`` and the arguments of `AsapProcessor.exchange`; one answer for each
             data-parallel engine. Nobody else makes this call, so the epochs of all of them agree.
+        busy: whether requests may have taught the workers something since this was last asked.
     """
 
     def __init__(
-        self, options: AsapShareOptions, identity: Mapping[str, str], call: Callable[..., Awaitable[list[Any]]]
+        self,
+        options: AsapShareOptions,
+        identity: Mapping[str, str],
+        call: Callable[..., Awaitable[list[Any]]],
+        busy: Callable[[], bool],
     ) -> None:
-        self._options, self._identity, self._call = options, dict(identity), call
+        self._options, self._identity, self._call, self._busy = options, dict(identity), call, busy
         digest = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:16]
         self._names = [f"tries {digest} {shard}/{options.shards}" for shard in range(options.shards)]
         self._places = [_Place() for _ in range(options.shards)]
         self._news: list[bytes] = []  # for the workers, at the next call
+        self._behind = True  # a shard may lack what the workers know
         self._alone = False
 
     async def run(self) -> None:
@@ -119,11 +125,15 @@ class Sharing:
             Exception: the workers failed.
         """
         # What came last time is given to the workers in the call that asks them, since each call delays a step.
+        # An idle engine is left alone: the call wakes its workers, which then spin for a while.
         news, self._news = self._news, []  # also where the workers refuse them: not again and again
-        engines = await self._call("tries", [place.ours for place in self._places], news)
-        if not engines:
-            return []
-        now = int(engines[0][1])
+        engines, now = [], None
+        if self._busy() or news or self._behind:
+            self._behind = True
+            engines = await self._call("tries", [place.ours for place in self._places], news)
+            if not engines:
+                return []
+            now = int(engines[0][1])
         found = await asyncio.gather(
             *(
                 asyncio.to_thread(self._with, shard, [engine[0][shard] for engine in engines], now)
@@ -137,13 +147,17 @@ class Sharing:
                 failed.append(one)
             else:
                 self._news += cast("list[bytes]", one)
+        self._behind = bool(failed) or not all(place.ours for place in self._places)
         metrics().asap_shared_bytes.labels("received").inc(sum(map(len, self._news)))
         if len(engines) > 1:
             self._news += [piece for engine in engines for piece in engine[0] if piece]
         return failed
 
-    def _with(self, shard: int, news: list[bytes], now: int) -> list[bytes]:
-        """One exchange with one shard for each engine of this replica, or a single one if none has news."""
+    def _with(self, shard: int, news: list[bytes], now: int | None) -> list[bytes]:
+        """One exchange with one shard for each engine of this replica, or a single one if none has news.
+
+        ``now`` is the workers' epoch, or None if they were not asked.
+        """
         place = self._places[shard]
         try:
             if place.actor is None:
@@ -158,7 +172,10 @@ class Sharing:
                 same &= life == place.life
                 place.life = life
             # A shard that began anew has heard only what is new here; next time it hears the rest.
-            place.ours = now if everything or same else 0
+            if not (everything or same):
+                place.ours = 0
+            elif now is not None:
+                place.ours = now
         except Exception:
             place.actor = None
             raise

@@ -152,6 +152,7 @@ class Frontend:
         self._places = {
             name: asyncio.Semaphore(one.max_slots) for name, one in self.facts.companions.items() if one.max_slots
         }
+        self._ended = False  # a request, whose report was asked for
         self.collector = ReportCollector(self._ask_workers)
         self.reports = ReportStore(self.options.reports, self.collector.hurry)
         self._strategies = {strategy.method: strategy for strategy in registry.strategies()}
@@ -174,8 +175,8 @@ class Frontend:
             from vllm_align_spec.cluster.tries import Sharing
             from vllm_align_spec.engine.facade import identity
 
-            sharing = asyncio.create_task(Sharing(share, identity(engine.vllm_config), self._call_workers).run())
-            self._finishing.add(sharing)
+            sharing = Sharing(share, identity(engine.vllm_config), self._call_workers, self._may_have_learnt)
+            self._finishing.add(asyncio.create_task(sharing.run()))
 
     def _control_ids(self) -> Mapping[int, str]:
         engine = self.engine
@@ -438,7 +439,13 @@ class Frontend:
         per_engine = await core.call_utility_all_async("collective_rpc", "align_spec_call", None, (what, *args), None)
         return [answer for answers in per_engine for answer in answers if answer is not None]
 
+    def _may_have_learnt(self) -> bool:
+        """Whether a request ended since this was last asked; always, if other processes have requests too."""
+        ended, self._ended = self._ended, False
+        return ended or self.engine.engine_core.client_count > 1
+
     async def _ask_workers(self, ids: list[str]) -> WorkerReports:
+        self._ended = True
         merged: dict[str, Mapping[str, Any]] = {}
         for answer in await self._call_workers("reports", ids):
             merged |= answer

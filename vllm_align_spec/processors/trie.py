@@ -627,7 +627,12 @@ class Tries:
 
         Returns:
             One piece a shard, empty where nothing is new.
+
+        Raises:
+            ValueError: these tries are not ``shared``.
         """
+        if len(self._epochs) < len(self._nodes):
+            raise ValueError("nobody noted when the nodes of these tries were made")
         node, legal = _news(self.arena, since)
         place = np.searchsorted(node, self._nodes["parent"][node])  # of the parent among them; a root's is nobody's
         is_root = self._nodes["parent"][node] < 0

@@ -1,0 +1,138 @@
+"""Servers that are not Ray Serve's share ASAp's tries through a Ray client, two engines of one of them included."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from serving import start_server, stop_server
+
+pytestmark = pytest.mark.slow
+
+INTERVAL_S = 0.5
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef"}
+
+
+class Head:
+    """A Ray cluster of one node, which others reach by its client port."""
+
+    def __init__(self):
+        self.ports = [free_port(), free_port()]
+        self._start()
+
+    def _start(self):
+        port, client_port = self.ports
+        ray("start", "--head", f"--port={port}", f"--ray-client-server-port={client_port}", "--num-cpus=2")
+
+    def restart(self):
+        ray("stop", "--force")
+        yield
+        self._start()
+
+    @property
+    def address(self):
+        return f"ray://127.0.0.1:{self.ports[1]}"
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def ray(*arguments):
+    command = [str(Path(sys.executable).with_name("ray")), *arguments]
+    if arguments[0] == "start":
+        command += ["--include-dashboard=false", "--disable-usage-stats"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **TOKEN}, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def head():
+    one = Head()
+    yield one
+    ray("stop", "--force")
+
+
+@pytest.fixture(scope="module")
+def servers(head, tmp_path_factory):
+    """One with two data-parallel engines, and one with one."""
+    share = {"address": head.address, "interval_s": INTERVAL_S}
+    options = ["--additional-config", json.dumps({"align_spec": {"asap": {"share": share}}})]
+    folder = tmp_path_factory.mktemp("sharing")
+    running = []
+    try:
+        for name, more in (("two", ["--data-parallel-size", "2"]), ("one", [])):
+            running.append(
+                start_server(folder / name, *options, *more, env={**TOKEN, "VLLM_CPU_OMP_THREADS_BIND": "nobind"})
+            )
+        yield running
+    finally:
+        for server in running:
+            stop_server(server)
+
+
+def samples(server, salt, count, first=0, at_once=4):
+    """Reports of as many requests."""
+
+    def one(seed):
+        response = server.chat(
+            xargs={"asap": "adaptive"},
+            temperature=1.0,
+            seed=seed,
+            extra_body={"cache_salt": salt, "structured_outputs": {"regex": "[01]{5}"}},
+        )
+        return server.report(response.id)["choices"][0]
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(one, range(first, first + count)))
+
+
+def nodes(server, salt, first, count=1):
+    """Fewest nodes of the store that any of several requests saw."""
+    return min(report["store"]["nodes"] for report in samples(server, salt, count, first))
+
+
+def wait_for(check, timeout_s=60):
+    until = time.monotonic() + timeout_s
+    while not check():
+        assert time.monotonic() < until
+        time.sleep(0.5)
+
+
+def test_what_one_engine_saw_all_others_know(servers):
+    two, one = servers
+    samples(two, "a", 32)
+    learnt = nodes(two, "a", 100, 4)
+    assert learnt > 20
+    time.sleep(1 + 4 * INTERVAL_S)
+    assert nodes(one, "a", 200) >= learnt  # through the shard
+    # And back: what the other server and the other engine saw, whichever of the two engines answers.
+    samples(one, "a", 16, 300)
+    time.sleep(1 + 4 * INTERVAL_S)
+    learnt = nodes(one, "a", 400)
+    time.sleep(1 + 4 * INTERVAL_S)
+    assert nodes(two, "a", 500, 4) >= learnt
+    assert one.metric("align_spec:asap_share_failures_total") == 0
+
+
+def test_servers_go_on_without_the_cluster_and_come_back_to_a_new_one(servers, head):
+    two, one = servers
+    restart = head.restart()
+    next(restart)  # the whole cluster is gone
+    assert all(report["outcome"] == "completed" for report in samples(two, "b", 16) + samples(one, "b", 4, 50))
+    wait_for(lambda: one.metric("align_spec:asap_share_failures_total") > 0)
+    learnt = nodes(two, "b", 100, 4)
+    next(restart, None)
+    failures = two.metric("align_spec:asap_share_failures_total")
+    wait_for(lambda: nodes(one, "b", 200) >= learnt, timeout_s=120)
+    time.sleep(2 + 2 * INTERVAL_S)
+    assert two.metric("align_spec:asap_share_failures_total") <= failures + 60
