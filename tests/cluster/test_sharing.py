@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from serving import start_server, stop_server
 pytestmark = pytest.mark.slow
 
 INTERVAL_S = 0.5
+SEEDS = count(1000, 100)
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef"}
 
 
@@ -25,16 +27,14 @@ class Head:
 
     def __init__(self):
         self.ports = [free_port(), free_port()]
-        self._start()
+        self.start()
 
-    def _start(self):
+    def start(self):
         port, client_port = self.ports
         ray("start", "--head", f"--port={port}", f"--ray-client-server-port={client_port}", "--num-cpus=2")
 
-    def restart(self):
+    def stop(self):
         ray("stop", "--force")
-        yield
-        self._start()
 
     @property
     def address(self):
@@ -59,7 +59,7 @@ def ray(*arguments):
 def head():
     one = Head()
     yield one
-    ray("stop", "--force")
+    one.stop()
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def servers(head, tmp_path_factory):
             stop_server(server)
 
 
-def samples(server, salt, count, first=0, at_once=4):
+def samples(server, salt, number, first=0):
     """Reports of as many requests."""
 
     def one(seed):
@@ -92,47 +92,43 @@ def samples(server, salt, count, first=0, at_once=4):
         )
         return server.report(response.id)["choices"][0]
 
-    with ThreadPoolExecutor(at_once) as pool:
-        return list(pool.map(one, range(first, first + count)))
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(one, range(first, first + number)))
 
 
-def nodes(server, salt, first, count=1):
+def nodes(server, salt, number=1):
     """Fewest nodes of the store that any of several requests saw."""
-    return min(report["store"]["nodes"] for report in samples(server, salt, count, first))
+    return min(report["store"]["nodes"] for report in samples(server, salt, number, next(SEEDS)))
 
 
-def wait_for(check, timeout_s=60):
+def wait_for(check, timeout_s=90):
     until = time.monotonic() + timeout_s
     while not check():
         assert time.monotonic() < until
-        time.sleep(0.5)
+        time.sleep(INTERVAL_S)
 
 
 def test_what_one_engine_saw_all_others_know(servers):
     two, one = servers
     samples(two, "a", 32)
-    learnt = nodes(two, "a", 100, 4)
+    learnt = nodes(two, "a", 4)
     assert learnt > 20
-    time.sleep(1 + 4 * INTERVAL_S)
-    assert nodes(one, "a", 200) >= learnt  # through the shard
-    # And back: what the other server and the other engine saw, whichever of the two engines answers.
+    wait_for(lambda: nodes(one, "a") >= learnt)  # through the shard
+    # And back: what the other server saw, whichever of the two engines answers.
     samples(one, "a", 16, 300)
-    time.sleep(1 + 4 * INTERVAL_S)
-    learnt = nodes(one, "a", 400)
-    time.sleep(1 + 4 * INTERVAL_S)
-    assert nodes(two, "a", 500, 4) >= learnt
-    assert one.metric("align_spec:asap_share_failures_total") == 0
+    learnt = nodes(one, "a")
+    wait_for(lambda: nodes(two, "a", 8) >= learnt)
 
 
 def test_servers_go_on_without_the_cluster_and_come_back_to_a_new_one(servers, head):
     two, one = servers
-    restart = head.restart()
-    next(restart)  # the whole cluster is gone
+    head.stop()
     assert all(report["outcome"] == "completed" for report in samples(two, "b", 16) + samples(one, "b", 4, 50))
     wait_for(lambda: one.metric("align_spec:asap_share_failures_total") > 0)
-    learnt = nodes(two, "b", 100, 4)
-    next(restart, None)
-    failures = two.metric("align_spec:asap_share_failures_total")
-    wait_for(lambda: nodes(one, "b", 200) >= learnt, timeout_s=120)
-    time.sleep(2 + 2 * INTERVAL_S)
-    assert two.metric("align_spec:asap_share_failures_total") <= failures + 60
+    assert all(report["outcome"] == "completed" for report in samples(two, "b", 16, 100))
+    learnt = nodes(two, "b", 4)
+    head.start()
+    wait_for(lambda: nodes(one, "b") >= learnt, timeout_s=180)
+    failures = one.metric("align_spec:asap_share_failures_total")
+    time.sleep(4 * INTERVAL_S)
+    assert one.metric("align_spec:asap_share_failures_total") == failures
