@@ -140,7 +140,9 @@ def _measure(server: Server, prompts: Path, count: int, seed: int, folder: Path)
     """What the client says of so many ordinary requests."""
     result = folder / "measured.json"
     command = _client(server, prompts, count, CONCURRENCY, {"ignore_eos": True}, seed, result)
-    done = subprocess.run(command, capture_output=True, text=True, env=_environment())
+    # In a session of its own, as its neighbours and the server are: the kernel shares cores out among sessions, and one
+    # that began in this process's has waited for minutes without being run.
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment(), start_new_session=True)
     if done.returncode:
         raise RuntimeError(f"vllm bench serve failed:\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
     found: dict[str, Any] = json.loads(result.read_text())
@@ -178,8 +180,9 @@ def _neighbours(server: Server, setting: str, prompts: Mapping[str, Path], folde
             raise RuntimeError(f"neighbours went before they were told to: {ended}")
     finally:
         for process in processes:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         while processes and server.metrics("vllm:num_requests_running")[_running(server)]:
             time.sleep(0.2)
 
