@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,11 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
                 for setting in SETTINGS if turn % 2 == 0 else reversed(SETTINGS):
                     progress.update(task, description=f"round {turn + 1}: {setting}")
                     server = stock if setting == "stock" else ours
-                    with _neighbours(server, setting, prompts, folder):
-                        found[setting].append(_measure(server, prompts["chat"], requests, turn, folder))
+                    command = _client(
+                        server, prompts["chat"], requests, CONCURRENCY, {"ignore_eos": True}, turn, folder / "own.json"
+                    )
+                    with _measuring(command) as measure, _neighbours(server, setting, prompts, folder):
+                        found[setting].append(measure())
                     progress.advance(task)
         result.samples["server"] = {
             name: value for name, value in ours.metrics("align_spec:requests_total").items() if value
@@ -125,7 +128,7 @@ def _client(
 ) -> list[str]:
     body = {"max_tokens": TOKENS, **extra}
     return [
-        *(sys.executable, "-m", "vllm_align_spec.cli", "vllm", "bench", "serve"),
+        *("vllm", "bench", "serve"),
         *("--backend", "openai-chat", "--base-url", server.root, "--endpoint", "/v1/chat/completions"),
         *("--model", SERVED_NAME, "--tokenizer", str(lab.model_path("base"))),
         *("--dataset-name", "custom", "--dataset-path", str(prompts), "--custom-output-len", str(TOKENS)),
@@ -136,18 +139,33 @@ def _client(
     ]
 
 
-def _measure(server: Server, prompts: Path, count: int, seed: int, folder: Path) -> dict[str, Any]:
-    """What the client says of so many ordinary requests."""
-    result = folder / "measured.json"
-    command = _client(server, prompts, count, CONCURRENCY, {"ignore_eos": True}, seed, result)
-    # In a session of its own, as its neighbours and the server are: the kernel shares cores out among sessions, and one
-    # that began in this process's has waited for minutes without being run.
-    done = subprocess.run(command, capture_output=True, text=True, env=_environment(), start_new_session=True)
-    if done.returncode:
-        raise RuntimeError(f"vllm bench serve failed:\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(result.read_text())
-    names = [name for name in found if name.startswith(("p50_", "p90_", "p99_", "mean_", "median_"))]
-    return {name: found[name] for name in (*names, "output_throughput", "completed", "failed")}
+@contextmanager
+def _measuring(command: Sequence[str]) -> Iterator[Callable[[], dict[str, Any]]]:
+    """A client that is ready to ask and is told to by a call, which gives what it then says of its requests."""
+    result = Path(command[command.index("--result-dir") + 1]) / command[command.index("--result-filename") + 1]
+    # Torch is there before the neighbours are: its MKL binds itself to each core in turn to count them, and the kernel
+    # has let it wait for a core that an engine is bound to for as long as the engine was busy.
+    call = "import sys, torch; print(flush=True); input(); from vllm_align_spec.cli import main; main(sys.argv[1:])"
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", call, *command],
+        stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=_environment(),
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        process.stdout.readline()
+
+        def measure() -> dict[str, Any]:
+            printed, errors = process.communicate("\n")
+            if process.returncode:
+                raise RuntimeError(f"vllm bench serve failed:\n{printed[-1000:]}\n{errors[-2000:]}")
+            found: dict[str, Any] = json.loads(result.read_text())
+            names = [name for name in found if name.startswith(("p50_", "p90_", "p99_", "mean_", "median_"))]
+            return {name: found[name] for name in (*names, "output_throughput", "completed", "failed")}
+
+        try:
+            yield measure
+        finally:
+            process.kill()
 
 
 @contextmanager
@@ -165,6 +183,7 @@ def _neighbours(server: Server, setting: str, prompts: Mapping[str, Path], folde
     try:
         for seed, (name, (kind, concurrency, extra)) in enumerate(traffic.items(), 100):
             command = _client(server, prompts[kind], NEIGHBOURS, concurrency, extra, seed, folder / f"{name}.json")
+            command = [sys.executable, "-m", "vllm_align_spec.cli", *command]
             with (folder / f"{name}.log").open("wb") as log:
                 processes.append(
                     subprocess.Popen(command, stdout=log, stderr=log, env=_environment(), start_new_session=True)
