@@ -25,6 +25,8 @@ START_TIMEOUT_S = 600
 MESSAGES = [{"role": "user", "content": "How can I keep my desk tidy?"}]
 PROMPT = f"<|bos|><|user|>\n{MESSAGES[0]['content']}<|end|>\n<|assistant|>\n"
 """The same as the lab's chat template writes it: the pilot answers at some length."""
+PARTS = [{"role": "user", "content": [{"type": "text", "text": MESSAGES[0]["content"]}]}]
+"""The same as many clients write it."""
 
 
 class Server:

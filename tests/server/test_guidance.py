@@ -6,7 +6,7 @@ import re
 import openai
 import pytest
 import torch
-from serving import MESSAGES, MODELS, PROMPT
+from serving import MESSAGES, MODELS, PARTS, PROMPT
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from vllm_align_spec.bench.args_loop import args_loop
@@ -108,6 +108,8 @@ def test_a_persona_is_the_companions_alone(server):
     for response in (without, with_persona):
         (choice,) = server.report(response.id)["choices"]
         assert (choice["method"], choice["companions"]) == ("pad", ["aligned"])
+    in_parts = server.chat(PARTS, xargs={"pad": True, "pad_weight": 3, "pad_persona": "You write like a pirate." * 8})
+    assert in_parts.choices[0].message == with_persona.choices[0].message
 
 
 def test_a_grammar_holds(server):

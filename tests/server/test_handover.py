@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import openai
 import pytest
-from serving import MESSAGES, MODELS, PROMPT
+from serving import MESSAGES, MODELS, PARTS, PROMPT
 
 from vllm_align_spec.processors.wsd import switch_index
 
@@ -59,6 +59,11 @@ def test_without_a_switch_the_opening_is_the_pilots_own_answer(server, pilot, pi
     assert path == "/v1/chat/completions"
     assert body["messages"] == MESSAGES
     assert body["temperature"] == 0
+
+
+def test_text_parts_reach_the_pilot_as_one_text(server, pilot):
+    server.chat(PARTS, LONG)
+    assert pilot.bodies[0][1]["messages"] == MESSAGES
 
 
 def test_a_plain_prompt_reaches_the_pilot_as_text_to_complete(server, pilot):

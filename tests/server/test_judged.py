@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from serving import MESSAGES, MODELS, PROMPT, start_server, stop_server
+from serving import MESSAGES, MODELS, PARTS, PROMPT, start_server, stop_server
 
 from vllm_align_spec.lab import heldout_prompts
 from vllm_align_spec.lab.judge import Judge
@@ -68,6 +68,10 @@ def test_one_seed_gives_one_response_whatever_is_under_way_at_once(server):
     texts = {cards(server, {**CARDS, "cards_candidates": n}, seed=9).choices[0].message.content for n in (1, 1, 3, 6)}
     assert len(texts) == 1
     assert cards(server, seed=10).choices[0].message.content not in texts
+
+
+def test_a_conversation_of_text_parts_is_judged_as_one_of_texts(server):
+    assert cards(server, messages=PARTS).choices[0].message == cards(server).choices[0].message
 
 
 def test_a_stream_brings_accepted_segments_and_the_same_text(server):

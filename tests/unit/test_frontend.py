@@ -550,3 +550,20 @@ def test_a_judge_sees_the_response_up_to_its_first_stop_string():
 def test_what_a_judge_cannot_be_asked_for_is_refused(extra_args, params, says):
     assert says in refusal(StandIn(additional=JUDGED), extra_args, **params)
     assert "needs a judge" in refusal(StandIn(), CARDS)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("as it is", "as it is"),
+        (None, None),
+        ([{"type": "text", "text": "one"}, {"type": "text", "text": "two"}], "one\ntwo"),
+        (["bare", {"type": "refusal", "refusal": "no"}, {"type": "text", "text": None}], "bare\nno"),
+        ([], ""),
+    ],
+)
+def test_a_conversations_parts_become_the_text_that_vllm_makes_of_them(content, text):
+    messages = [{"role": "user", "content": content, "name": "me"}]
+    assert frontend._conversation(messages) == [{"role": "user", "content": text, "name": "me"}]
+    assert messages[0]["content"] is content
+    assert frontend._conversation(None) is None

@@ -252,7 +252,7 @@ class Frontend:
             options=options,
             prompt_token_ids=token_ids,
             prompt_text=text,
-            messages=rendered.get(MESSAGES_KEY),
+            messages=_conversation(rendered.get(MESSAGES_KEY)),
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             min_tokens=params.min_tokens,
             room=room,
@@ -741,6 +741,25 @@ def _encode_after(tokenizer: Any, before: str, text: str) -> tuple[list[int], li
     if first < len(offsets) and offsets[first][0] < seam:
         return None
     return encoded["input_ids"][first:], [end - seam for _, end in offsets[first:]]
+
+
+def _conversation(messages: Sequence[Mapping[str, Any]] | None) -> Sequence[Mapping[str, Any]] | None:
+    """The conversation with each content as one string: most chat templates take no list of text parts, and clients
+    send both. Joined as vLLM joins them for such a template."""
+    if messages is None:
+        return None
+    return [
+        {**message, "content": "\n".join(filter(None, map(_part, message["content"])))}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
+
+
+def _part(part: Any) -> str | None:
+    if isinstance(part, str):
+        return part
+    return next((part[name] for name in ("text", "refusal", "thinking") if part.get(name) is not None), None)
 
 
 def _facts(config: Any, options: EngineOptions, control_ids: bool) -> EngineFacts:
