@@ -8,12 +8,12 @@ from vllm_align_spec.patches import Patch
 
 
 def wrap(original: Any, hook: Callable[..., Any]) -> Any:
-    """The hook sees the conversations and the engine inputs made of them, pairwise."""
+    """The hook sees the conversations, as vLLM parsed them, and the engine inputs made of them, pairwise."""
 
     @wraps(original)
     async def render_chat_async(self: Any, conversations: Any, *args: Any, **kwargs: Any) -> Any:
         rendered = await original(self, conversations, *args, **kwargs)
-        hook(conversations, rendered[1])
+        hook(*rendered)
         return rendered
 
     return render_chat_async

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -56,6 +57,16 @@ class Replica:
         return self.calls - before, len(failed)
 
 
+def exchange_until(check, *replicas):
+    """Rounds of replicas that have nothing to do, until something is so."""
+    until = time.monotonic() + 60
+    while not check():
+        assert time.monotonic() < until
+        for one in replicas:
+            one.exchange()
+        time.sleep(0.1)
+
+
 def test_workers_are_asked_where_they_may_know_more_or_others_do(ray):
     a, b = Replica(), Replica()
     a.learn(KEYS[0], [1, 2])
@@ -84,11 +95,15 @@ def test_idle_replicas_fill_a_shard_that_began_anew(ray):
     names = a.sharing._names
     for name in names:
         ray.kill(ray.get_actor(name, NAMESPACE), no_restart=False)
-    for _ in range(4):
-        a.exchange(), b.exchange()
-    sizes = [ray.get(ray.get_actor(name, NAMESPACE).size.remote())[0] for name in names]
-    assert sizes == [3, 2]
-    assert (a.exchange(), b.exchange()) == ((0, 0), (0, 0))
+
+    def sizes():
+        try:
+            return [ray.get(ray.get_actor(name, NAMESPACE).size.remote(), timeout=5)[0] for name in names]
+        except ray.exceptions.RayError:
+            return []
+
+    exchange_until(lambda: sizes() == [3, 2], a, b)
+    exchange_until(lambda: (a.exchange(), b.exchange()) == ((0, 0), (0, 0)))
 
 
 def test_what_a_shard_did_not_take_is_told_again(ray):
@@ -97,12 +112,10 @@ def test_what_a_shard_did_not_take_is_told_again(ray):
         a.exchange(), b.exchange()
     for name in a.sharing._names:
         ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
+    time.sleep(1)  # both are gone
+    assert b.exchange() == (0, len(KEYS))
     a.learn(KEYS[1], [5, 6])
-    calls, failures = a.exchange(busy=True)
-    assert (calls, failures) == (1, len(KEYS))
-    while a.exchange()[1]:  # it is not busy any more, and asks its workers all the same
-        pass
-    for _ in range(3):
-        a.exchange(), b.exchange()
-    assert b.known() == [0, 3]
-    assert (a.exchange(), b.exchange()) == ((0, 0), (0, 0))
+    assert a.exchange(busy=True) == (1, len(KEYS))
+    assert a.exchange()[0] == 1  # it is not busy any more, and asks its workers all the same
+    exchange_until(lambda: b.known() == [0, 3], a, b)
+    exchange_until(lambda: (a.exchange(), b.exchange()) == ((0, 0), (0, 0)))

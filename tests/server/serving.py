@@ -27,6 +27,12 @@ PROMPT = f"<|bos|><|user|>\n{MESSAGES[0]['content']}<|end|>\n<|assistant|>\n"
 """The same as the lab's chat template writes it: the pilot answers at some length."""
 PARTS = [{"role": "user", "content": [{"type": "text", "text": MESSAGES[0]["content"]}]}]
 """The same as many clients write it."""
+TOOL_CALL = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": '{"zone": "UTC"}'}}
+TOOLS_USED = [
+    *MESSAGES,
+    {"role": "assistant", "content": None, "tool_calls": [TOOL_CALL]},
+    {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "noon"}]},
+]
 
 
 class Server:

@@ -125,14 +125,13 @@ def test_clients_that_leave_in_mid_stream_leave_nothing_behind(server):
 
 def test_memory_is_flat_over_two_thousand_requests(server):
     """Rounds of requests of every method. Caches of the engine by the shapes of its batches fill in the first dozen of
-    rounds, and now and then by some MB later; what each request left behind would show in every round."""
+    rounds, and now and then by some MB later; 6 KB that each request left behind would show in every round."""
     processes = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
     names, per_round, used = list(METHODS), 98, []
     for turn in range(21):
         with ThreadPoolExecutor(16) as pool:
             seeds = range(turn * per_round, (turn + 1) * per_round)
-            answers = list(pool.map(lambda seed: ask(server, names[seed % len(names)], 12, seed=seed), seeds))
-        assert len(answers) == per_round
+            list(pool.map(lambda seed: ask(server, names[seed % len(names)], 12, seed=seed), seeds))
         server.wait_idle()
         used.append([one.memory_info().rss / 2**20 for one in processes if one.is_running()])
     for process, megabytes in enumerate(zip(*used, strict=True)):

@@ -11,7 +11,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from serving import MESSAGES, PROMPT
+from serving import MESSAGES, PARTS, PROMPT, TOOLS_USED
 
 NAN = float("nan")
 OURS = {
@@ -95,6 +95,9 @@ CONVERSATIONS = [
     [{"role": "system", "content": "Be brief."}, *MESSAGES],
     [*MESSAGES, {"role": "assistant", "content": "First"}],
     [{"role": "user", "content": ""}],
+    PARTS,
+    TOOLS_USED,
+    [{"role": "assistant"}, *MESSAGES],
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import openai
 import pytest
-from serving import MESSAGES, MODELS, PARTS, PROMPT
+from serving import MESSAGES, MODELS, PARTS, PROMPT, TOOL_CALL, TOOLS_USED
 
 from vllm_align_spec.processors.wsd import switch_index
 
@@ -64,6 +64,10 @@ def test_without_a_switch_the_opening_is_the_pilots_own_answer(server, pilot, pi
 def test_text_parts_reach_the_pilot_as_one_text(server, pilot):
     server.chat(PARTS, LONG)
     assert pilot.bodies[0][1]["messages"] == MESSAGES
+    server.chat(TOOLS_USED, LONG)
+    _, call, told = pilot.bodies[1][1]["messages"]
+    assert call == {"role": "assistant", "content": "", "tool_calls": [TOOL_CALL]}
+    assert told == {"role": "tool", "content": "noon", "tool_call_id": "1"}
 
 
 def test_a_plain_prompt_reaches_the_pilot_as_text_to_complete(server, pilot):

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from serving import MESSAGES, MODELS, PARTS, PROMPT, start_server, stop_server
+from serving import MESSAGES, MODELS, PARTS, PROMPT, TOOLS_USED, start_server, stop_server
 
 from vllm_align_spec.lab import heldout_prompts
 from vllm_align_spec.lab.judge import Judge
@@ -72,6 +72,12 @@ def test_one_seed_gives_one_response_whatever_is_under_way_at_once(server):
 
 def test_a_conversation_of_text_parts_is_judged_as_one_of_texts(server):
     assert cards(server, messages=PARTS).choices[0].message == cards(server).choices[0].message
+
+
+@pytest.mark.parametrize("xargs", [LOCAL, CARDS, REMOTE], ids=["program", "model", "http"])
+def test_a_conversation_with_tools_is_judged_too(server, remote, xargs):
+    response = cards(server, xargs, messages=TOOLS_USED, max_tokens=8)
+    assert choice(server, response)["outcome"] == "completed"
 
 
 def test_a_stream_brings_accepted_segments_and_the_same_text(server):

@@ -556,9 +556,10 @@ def test_what_a_judge_cannot_be_asked_for_is_refused(extra_args, params, says):
     ("content", "text"),
     [
         ("as it is", "as it is"),
-        (None, None),
+        (None, ""),
         ([{"type": "text", "text": "one"}, {"type": "text", "text": "two"}], "one\ntwo"),
         (["bare", {"type": "refusal", "refusal": "no"}, {"type": "text", "text": None}], "bare\nno"),
+        ([{"type": "tool_reference", "name": "clock"}, {"type": "thinking", "thinking": "so"}], "clock\nso"),
         ([], ""),
     ],
 )

@@ -86,10 +86,15 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
                     with _measuring(command) as measure, _neighbours(server, setting, prompts, folder):
                         found[setting].append(measure())
                     progress.advance(task)
-        counted = {name: value for name, value in ours.metrics("align_spec:requests_total").items() if value}
+        counted = {
+            name: value
+            for family in ("align_spec:requests_total", "align_spec:method_failures_total")
+            for name, value in ours.metrics(family).items()
+            if value
+        }
         result.samples["server"] = counted
     _figures(result, found)
-    failures = sum(value for name, value in counted.items() if 'outcome="failed"' in name)
+    failures = sum(value for name, value in counted.items() if 'outcome="failed"' in name or "failures" in name)
     result.figures["errors_of_methods"] = mean([failures], "0")
     _draw(result, found, out)
     result.finish(json_file, out, started)
@@ -147,6 +152,7 @@ def _client(
 def _measuring(command: Sequence[str]) -> Iterator[Callable[[], dict[str, Any]]]:
     """A client that is ready to ask and is told to by a call, which gives what it then says of its requests."""
     result = Path(command[command.index("--result-dir") + 1]) / command[command.index("--result-filename") + 1]
+    result.unlink(missing_ok=True)
     # Torch is there before the neighbours are: its MKL binds itself to each core in turn to count them, and the kernel
     # has let it wait for a core that an engine is bound to for as long as the engine was busy.
     call = "import sys, torch; print(flush=True); input(); from vllm_align_spec.cli import main; main(sys.argv[1:])"

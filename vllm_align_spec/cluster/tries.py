@@ -13,7 +13,7 @@ import hashlib
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import ray
@@ -75,6 +75,7 @@ class _Place:
     life: str = ""
     theirs: int = 0  # the shard's epoch
     ours: int = 0  # the workers'
+    received: list[bytes] = field(default_factory=list)  # news of a call that failed further on
 
 
 class Sharing:
@@ -147,7 +148,7 @@ class Sharing:
                 failed.append(one)
             else:
                 self._news += cast("list[bytes]", one)
-        self._behind = bool(failed) or not all(place.ours for place in self._places)
+        self._behind = (bool(failed) and now is not None) or not all(place.ours for place in self._places)
         metrics().asap_shared_bytes.labels("received").inc(sum(map(len, self._news)))
         if len(engines) > 1:
             self._news += [piece for engine in engines for piece in engine[0] if piece]
@@ -162,12 +163,11 @@ class Sharing:
         try:
             if place.actor is None:
                 place.actor = self._actor(shard)
-            received = []
             everything, same = place.ours == 0, True
             for piece in [one for one in news if one] or [b""]:
                 reply = place.actor.exchange.remote(piece, place.life, place.theirs)
                 found, life, place.theirs = ray.get(reply, timeout=TIMEOUT_S)
-                received += [found] if found else []
+                place.received += [found] if found else []
                 metrics().asap_shared_bytes.labels("sent").inc(len(piece))
                 same &= life == place.life
                 place.life = life
@@ -179,6 +179,7 @@ class Sharing:
         except Exception:
             place.actor = None
             raise
+        received, place.received = place.received, []
         return received
 
     def _actor(self, shard: int) -> Any:

@@ -744,22 +744,19 @@ def _encode_after(tokenizer: Any, before: str, text: str) -> tuple[list[int], li
 
 
 def _conversation(messages: Sequence[Mapping[str, Any]] | None) -> Sequence[Mapping[str, Any]] | None:
-    """The conversation with each content as one string: most chat templates take no list of text parts, and clients
-    send both. Joined as vLLM joins them for such a template."""
+    """The conversation with each content as one string, which is what most chat templates take, made as vLLM makes it:
+    of none, of a text, or of the parts of one."""
     if messages is None:
         return None
-    return [
-        {**message, "content": "\n".join(filter(None, map(_part, message["content"])))}
-        if isinstance(message.get("content"), list)
-        else message
-        for message in messages
-    ]
+    return [{**message, "content": _text(message.get("content"))} for message in messages]
 
 
-def _part(part: Any) -> str | None:
-    if isinstance(part, str):
-        return part
-    return next((part[name] for name in ("text", "refusal", "thinking") if part.get(name) is not None), None)
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    parts = [one if isinstance(one, dict) else {"text": one} for one in content or ()]
+    texts = (next((one[key] for key in ("text", "refusal", "thinking", "name") if key in one), None) for one in parts)
+    return "\n".join(text for text in texts if isinstance(text, str))
 
 
 def _facts(config: Any, options: EngineOptions, control_ids: bool) -> EngineFacts:

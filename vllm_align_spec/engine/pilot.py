@@ -24,6 +24,7 @@ import httpx
 
 from vllm_align_spec import DISABLE_ENV
 from vllm_align_spec.options import PilotOptions
+from vllm_align_spec.rewards.http import wire
 from vllm_align_spec.strategies.base import PilotError
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Pilot:
             "temperature": 0,
         }
         if messages is not None:
-            path, body["messages"] = "chat/completions", list(messages)
+            path, body["messages"] = "chat/completions", wire(messages)
         else:
             path, body["prompt"], body["max_tokens"] = "completions", text, COMPLETION_TOKENS
         key = os.environ.get(options.api_key_env, "") if options.api_key_env else ""

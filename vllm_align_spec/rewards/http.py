@@ -7,6 +7,7 @@ asks for the score itself; by default the server would put it through a sigmoid 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -107,11 +108,28 @@ class HttpScorer:
 
 def _conversation(answer: Answer) -> dict[str, Any]:
     """The conversation with the response in it, open-ended unless the response has ended."""
-    messages: list[Mapping[str, Any]] = list(answer.messages or ())
+    messages = wire(answer.messages or ())
     if not answer.response_text and not answer.finished:
         begun = bool(messages) and messages[-1].get("role") == "assistant"
         return {"messages": messages, "add_generation_prompt": not begun, "continue_final_message": begun}
     return {"messages": joined(messages, answer.response_text), "continue_final_message": not answer.finished}
+
+
+def wire(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """A conversation as OpenAI's API takes it: arguments of tool calls as text, which vLLM has parsed for templates."""
+    return [
+        {**message, "tool_calls": [_call(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def _call(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = call["function"]
+    arguments = function.get("arguments")
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments or {})
+    return {**call, "function": {**function, "arguments": text}}
 
 
 def joined(messages: Sequence[Mapping[str, Any]], response: str) -> list[Mapping[str, Any]]:

@@ -163,13 +163,18 @@ class _Model:
         """Token ids of prompt and response, as the model reads them.
 
         Raises:
-            JudgeError: there are too many, or none, or they are another model's.
+            JudgeError: there are too many, or none, or they are another model's, or its chat template refuses.
         """
         kind = self._options.input
         if kind == "token_ids":
             ids = [*answer.prompt_token_ids, *answer.response_token_ids]
         elif kind == "messages" and answer.messages is not None:
-            ids = self._tokenizer(self._render(answer), add_special_tokens=False)["input_ids"]
+            try:
+                text = self._render(answer)
+            except Exception as error:  # templates raise what they like
+                message = f"has a chat template that cannot write this conversation ({type(error).__name__}: {error})"
+                raise JudgeError(message, "refused") from error
+            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             ids = self._tokenizer(answer.prompt_text + answer.response_text)["input_ids"]
         if not 0 < len(ids) <= self._max_len:
