@@ -61,6 +61,7 @@ bench: setup
 	$(RUN)/vllm-align-spec bench args $(ARGS)
 	$(RUN)/vllm-align-spec bench cards $(ARGS)
 	$(RUN)/vllm-align-spec bench fspad $(ARGS)
+	$(RUN)/vllm-align-spec bench load $(ARGS)
 
 lint: setup
 	$(RUN)/ruff check .
