@@ -94,7 +94,7 @@ def root(tmp_path_factory):
     yield root
     process.send_signal(signal.SIGINT)
     try:
-        process.wait(60)
+        process.wait(180)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

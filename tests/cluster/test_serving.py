@@ -179,7 +179,7 @@ def test_replicas_learn_from_each_others_samples(cluster, client):
     after = samples(8, "first")
     assert all(report["store"]["nodes"] >= nodes for report in after)
     masses = [report["log_mass_at_root"] for report in after]
-    assert max(masses) <= min(known) + 1e-6, (masses, known)
+    assert max(masses) <= min(known) + 1e-4, (masses, known)  # sums of float32
     alone = samples(1, "second")[0]["log_mass_at_root"]
     assert max(masses) < alone - 0.5, (masses, alone)
 

@@ -110,6 +110,7 @@ def test_what_one_engine_saw_all_others_know(servers):
     two, one = servers
     assert ask(one, "a", 1) > 0
     assert ask(one, "a", 4) == 0  # one sample says all of this language
+    wait_for(lambda: two.metric("align_spec:asap_shared_bytes_total", direction="received") > 0)
     assert ask(two, "b", 1) > 0  # whichever of its engines answered
     time.sleep(ROUNDS_S)
     assert ask(two, "a", 8) == 0

@@ -99,7 +99,7 @@ def test_idle_replicas_fill_a_shard_that_began_anew(ray):
     def sizes():
         try:
             return [ray.get(ray.get_actor(name, NAMESPACE).size.remote(), timeout=5)[0] for name in names]
-        except ray.exceptions.RayError:
+        except (ray.exceptions.RayError, ValueError):  # not there yet
             return []
 
     exchange_until(lambda: sizes() == [3, 2], a, b)

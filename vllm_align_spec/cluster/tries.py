@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import logging
 import secrets
+import threading
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -103,6 +104,7 @@ class Sharing:
         self._news: list[bytes] = []  # for the workers, at the next call
         self._behind = True  # a shard may lack what the workers know
         self._alone = False
+        self._connecting = threading.Lock()
 
     async def run(self) -> None:
         """Exchanges until it is cancelled."""
@@ -148,6 +150,10 @@ class Sharing:
                 failed.append(one)
             else:
                 self._news += cast("list[bytes]", one)
+        if self._options.address and any(not isinstance(one, ray.exceptions.RayActorError) for one in failed):
+            # A Ray client that lost its cluster fails for ever, and still calls itself connected.
+            async with asyncio.timeout(TIMEOUT_S):
+                await asyncio.to_thread(self._disconnect)
         self._behind = (bool(failed) and now is not None) or not all(place.ours for place in self._places)
         metrics().asap_shared_bytes.labels("received").inc(sum(map(len, self._news)))
         if len(engines) > 1:
@@ -182,9 +188,15 @@ class Sharing:
         received, place.received = place.received, []
         return received
 
+    def _disconnect(self) -> None:
+        for place in self._places:
+            place.actor = None
+        ray.shutdown()
+
     def _actor(self, shard: int) -> Any:
-        if not ray.is_initialized():
-            ray.init(self._options.address or "auto", log_to_driver=False)
+        with self._connecting:
+            if not ray.is_initialized():
+                ray.init(self._options.address or "auto", log_to_driver=False)
         options = {"name": self._names[shard], "namespace": NAMESPACE, "get_if_exists": True}
         actor = ray.remote(num_cpus=0, max_restarts=-1)(Shard)
         return actor.options(**options).remote(self._identity, self._options.max_bytes)
