@@ -489,6 +489,15 @@ def test_unfinished_ones_are_scored_where_they_are(lab, model_judge):
     assert [score(model_judge, one)[0] for one in answers] == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_conversation_that_its_template_refuses_opens_no_breaker(lab, model_judge):
+    (ask, text), *_ = lab[2]
+    for _ in range(6):  # more than breaker_failures
+        with pytest.raises(JudgeError, match="chat template that cannot write this conversation") as refused:
+            score(model_judge, answer(text, messages=[{"role": 5, "content": "a"}]))
+        assert refused.value.reason == "refused"
+    assert score(model_judge, answer(text, messages=ask))
+
+
 def test_token_ids_are_read_as_they_are_padding_and_ends_included(lab):
     judge = guard(kind="model", model=str(model_path("judge")), input="token_ids", timeout_s=60)
     responses = [[40, 41, 42], [40, 0], [40, 2], [0, 0, 0], list(range(30, 80))]
