@@ -114,6 +114,7 @@ def test_what_a_shard_did_not_take_is_told_again(ray):
         ray.kill(ray.get_actor(name, NAMESPACE), no_restart=True)
     time.sleep(1)  # both are gone
     assert b.exchange() == (0, len(KEYS))
+    assert b.exchange()[0] == 0  # what failed is no reason to ask workers that had nothing to tell
     a.learn(KEYS[1], [5, 6])
     assert a.exchange(busy=True) == (1, len(KEYS))
     assert a.exchange()[0] == 1  # it is not busy any more, and asks its workers all the same

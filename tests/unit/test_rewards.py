@@ -384,6 +384,17 @@ def test_a_response_that_continues_the_assistants_message_is_joined_with_it(pool
     assert all(body["continue_final_message"] for body in bodies.values())
 
 
+def test_arguments_of_tool_calls_are_text_again(pooling):
+    def asked(arguments):
+        call = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": arguments}}
+        return [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "noon"}]
+
+    parsed = asked({"zone": "UTC"})  # as vLLM leaves them
+    score(http(pooling, input="messages"), answer("so", messages=parsed))
+    assert pooling.bodies[0][1]["messages"][:2] == asked('{"zone": "UTC"}')
+    assert parsed == asked({"zone": "UTC"})
+
+
 @pytest.mark.parametrize("fault", [429, 500, 503, "die"])
 def test_a_server_that_is_busy_broken_or_away_is_asked_again(pooling, fault):
     pooling.faults = [fault, fault]
