@@ -290,15 +290,15 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         """`Rows.unmasked` of the requests in these slots."""
         return self._unmasked[slots, :rows] if processor.grammar and self._masks else None
 
-    def of_grammar(self, slots: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """[len(slots)] which of them hold requests whose method reads `Rows.unmasked`."""
-        found = np.zeros(len(slots), dtype=bool)
+    def of_grammar(self, slots: np.ndarray[Any, Any] | slice) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """[number of slots] which of them hold requests whose method reads `Rows.unmasked`."""
+        found = np.zeros_like(self._entry[slots], dtype=bool)
         for processor in self._processors:
             if processor.grammar:
                 found |= self._wants[processor.method][slots]
         return found
 
-    def slots_of(self, processor: Processor, slots: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def slots_of(self, processor: Processor, slots: np.ndarray[Any, Any] | slice) -> np.ndarray[Any, Any]:
         """Which of the batch's slots hold requests that want a method, as indices into ``slots``."""
         return np.flatnonzero(self._wants[processor.method][slots])
 

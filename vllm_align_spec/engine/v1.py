@@ -9,7 +9,7 @@ there the methods run on what vLLM samples from (`in_place`), after it took its 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ def before_mask(scheduler_output: Any, input_batch: Any, logits: torch.Tensor) -
     if facade is None or not facade.busy:
         return
     with facade.guard():
-        wanted = facade.of_grammar(np.arange(input_batch.num_reqs))
+        wanted = facade.of_grammar(slice(input_batch.num_reqs))
         if wanted.any():
             drafts = scheduler_output.scheduled_spec_decode_tokens
             count = np.array([1 + len(drafts.get(i, ())) for i in input_batch.req_ids])
@@ -107,43 +107,59 @@ def in_place(facade: AlignSpecLogitsProcessor, logits: torch.Tensor) -> None:
         _show(facade, runner, logits, None)
 
 
+class _Mine(NamedTuple):
+    """The requests of a step that one method sees."""
+
+    processor: Processor
+    slots: np.ndarray[Any, Any]  # [S]
+    entries: np.ndarray[Any, Any]  # [S]
+    # [S] each, as in `Rows`
+    picked: torch.Tensor  # `slots` on the device
+    entry: torch.Tensor
+    position: torch.Tensor
+    kept: torch.Tensor
+
+
 def _show(facade: AlignSpecLogitsProcessor, runner: Any, logits: torch.Tensor, metadata: Any) -> torch.Tensor | None:
     num_reqs = runner.input_batch.num_reqs
-    slots = np.arange(num_reqs)
-    wanted = [(processor, facade.slots_of(processor, slots)) for processor in facade.processors]
-    if not any(mine.size for _, mine in wanted):
+    everyone = slice(num_reqs)
+    wanted = [(one, slots) for one in facade.processors if (slots := facade.slots_of(one, everyone)).size]
+    if not wanted:
         return None
     device = logits.device
-    drafts = np.zeros(num_reqs, np.int64) if metadata is None else np.asarray(metadata.num_draft_tokens, np.int64)
-    # Line of each request's first row, and of its first draft among all drafts.
-    first = np.cumsum(drafts + 1) - (drafts + 1)
-    first_draft = np.cumsum(drafts) - drafts
     if metadata is None:
-        fed = runner.query_start_loc.gpu[1 : num_reqs + 1].long() - 1
+        first = np.arange(num_reqs)
+        drafts = first_draft = np.zeros(num_reqs, np.int64)
+        fed = runner.query_start_loc.gpu[1 : num_reqs + 1] - 1
     else:
+        # Line of each request's first row, and of its first draft among all drafts.
+        drafts = np.asarray(metadata.num_draft_tokens, np.int64)
+        first = np.cumsum(drafts + 1) - (drafts + 1)
+        first_draft = np.cumsum(drafts) - drafts
         fed = metadata.logits_indices[send(first, device)]
     position = runner.positions[fed].long()
-    token = runner.input_ids.gpu[fed].long()
     kept = ~runner.discard_request_mask.gpu[:num_reqs]
 
-    active: list[tuple[Processor, np.ndarray[Any, Any]]] = []
-    for processor, mine in wanted:
-        if mine.size:
-            entries = facade.entries(mine)
-            picked = send(mine, device)
-            facade.observe(processor, mine, send(entries, device), position[picked], kept[picked])
-            mine = mine[processor.active(entries)]
-        if mine.size:
-            active.append((processor, mine))
+    def pick(processor: Processor, slots: np.ndarray[Any, Any]) -> _Mine:
+        picked, entries = send(slots, device), facade.entries(slots)
+        return _Mine(processor, slots, entries, picked, send(entries, device), position[picked], kept[picked])
+
+    active: list[_Mine] = []
+    for processor, slots in wanted:
+        mine = pick(processor, slots)
+        facade.observe(processor, slots, mine.entry, mine.position, mine.kept)
+        still = processor.active(mine.entries)
+        if still.any():
+            active.append(mine if still.all() else pick(processor, slots[still]))
     if not active:
         return None
 
     stash = None
     if metadata is None:
-        ours, count, start, rows = slots, drafts + 1, slots, logits
+        ours, start, rows = first, first, logits
     else:
         # The rows of every active request, one after another, in a copy of their own.
-        ours = np.unique(np.concatenate([mine for _, mine in active]))
+        ours = np.unique(np.concatenate([mine.slots for mine in active]))
         count = drafts[ours] + 1
         start = np.cumsum(count) - count
         within = np.arange(count.sum()) - np.repeat(start, count)
@@ -156,35 +172,35 @@ def _show(facade: AlignSpecLogitsProcessor, runner: Any, logits: torch.Tensor, m
             draft_line=send((np.repeat(first_draft[ours], count) + within)[is_draft], device),
         )
         rows = stash.rows
+    token = runner.input_ids.gpu[fed].long()
     limits = torch.full((num_reqs,), facade.rows, dtype=torch.int64, device=device)
-    for processor, mine in active:
-        at = np.searchsorted(ours, mine)
-        r = np.arange(count[at].max())
-        usable = (r < count[at][:, None] - 1) & facade.drafts_are_real[mine][:, None]
-        draft = torch.full(usable.shape, -1, dtype=torch.int64, device=device)
+    for mine in active:
+        count = drafts[mine.slots] + 1
+        r = np.arange(count.max())
+        draft = torch.full((len(count), len(r)), -1, dtype=torch.int64, device=device)
+        usable = (r < count[:, None] - 1) & facade.drafts_are_real[mine.slots][:, None]
         if usable.any():
-            which = np.where(usable, first_draft[mine][:, None] + r, 0)
+            which = np.where(usable, first_draft[mine.slots][:, None] + r, 0)
             draft = torch.where(send(usable, device), metadata.draft_token_ids[send(which, device)].long(), draft)
-        picked = send(mine, device)
-        entries = facade.entries(mine)
+        line = start[np.searchsorted(ours, mine.slots)][:, None]
         limit = facade.run(
-            processor,
-            mine,
+            mine.processor,
+            mine.slots,
             Rows(
                 logits=rows,
-                index=send(start[at][:, None] + np.minimum(r, count[at][:, None] - 1), device),
-                count=send(count[at], device) * kept[picked],
-                position=position[picked],
-                fed=token[picked],
+                index=send(line + np.minimum(r, count[:, None] - 1), device),
+                count=send(count, device) * mine.kept,
+                position=mine.position,
+                fed=token[mine.picked],
                 draft=draft,
-                entry=send(entries, device),
-                entry_np=entries,
-                unmasked=facade.unmasked(processor, picked, len(r)),
+                entry=mine.entry,
+                entry_np=mine.entries,
+                unmasked=facade.unmasked(mine.processor, mine.picked, len(r)),
             ),
         )
         if limit is not None:
             facade.stash = stash
-            limits[picked] = torch.minimum(limits[picked], limit)
+            limits[mine.picked] = torch.minimum(limits[mine.picked], limit)
     return limits
 
 
