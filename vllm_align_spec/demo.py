@@ -131,9 +131,9 @@ def _show(server: Server, console: Console, prompts: list[list[Message]]) -> Non
     last = answers[-1][1]
     console.print(f"\n[bold]GET /v1/align_spec/reports/{last.ident}[/]")
     console.print(Text(_compact(last.report)))
-    console.print("\n[bold]GET /metrics[/], what begins with align_spec: (buckets left out)")
+    console.print("\n[bold]GET /metrics[/], what begins with align_spec: (buckets and zeros left out)")
     for name, value in server.metrics("align_spec:").items():
-        if "_bucket" not in name and "_created" not in name:
+        if value and "_bucket" not in name and "_created" not in name:
             console.print(Text(f"  {name} {value:g}"))
 
 

@@ -482,7 +482,11 @@ def _explain(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> 
         if item["type"] == "extra_forbidden":
             parts.append(f"unknown option {prefix}{path}={item['input']!r}; accepted are {', '.join(cls.model_fields)}")
         elif item["type"] == "missing":
-            parts.append(f"{prefix}{path} is missing")
+            missing = f"{prefix}{path} is missing"
+            if path in cls.model_fields:
+                description = (cls.model_fields[path].description or "").rstrip(".")
+                missing += f"; accepted: {_accepted(cls, path)} ({description})"
+            parts.append(missing)
         elif not path:
             parts.append(item["msg"].removeprefix("Value error, "))
         else:

@@ -161,7 +161,7 @@ def test_one_try_reports_entropies_for_calibration(server):
 @pytest.mark.parametrize(
     ("xargs", "kwargs", "says"),
     [
-        ({"cards": "on"}, {}, "cards_threshold is missing"),
+        ({"cards": "on"}, {}, "cards_threshold is missing; accepted: a number (r*, the reward asked of a whole"),
         ({**CARDS, "cards_reward": "best"}, {}, "cards_reward='best' is no judge of this engine; accepted: 'good'"),
         ({"cards": "on", "cards_threshold": 1.0}, {}, "cards_reward is missing, and this engine has several judges"),
         ({**CARDS, "cards_beta": 0}, {}, "cards_beta=0 is not accepted; accepted: a number >= 0.01"),
