@@ -9,6 +9,7 @@ from vllm_align_spec.patches import (
     drafter_fits,
     front_end,
     grammar_control,
+    shutdown,
     v1_draft_rows,
     v1_drafter_fits,
     v1_facade,
@@ -24,6 +25,7 @@ from vllm_align_spec.patches import (
 
 LEDGER: tuple[Patch, ...] = (
     front_end.PATCH,
+    shutdown.PATCH,
     chat_messages.PATCH,
     grammar_control.PATCH,
     worker_calls.PATCH,

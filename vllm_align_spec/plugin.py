@@ -10,6 +10,7 @@ from vllm_align_spec.patches.ledger import LEDGER
 
 HOOKS = {
     "front_end": "vllm_align_spec.engine.frontend:generate",
+    "shutdown": "vllm_align_spec.engine.frontend:drain",
     "chat_messages": "vllm_align_spec.engine.frontend:attach_messages",
     "grammar_control": "vllm_align_spec.engine.control:without",
     "worker_calls": "vllm_align_spec.engine.facade:call",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -54,6 +57,36 @@ def test_the_kill_switch_leaves_vllm_and_refuses_our_options(tmp_path):
             server.complete(xargs={"wsd": "shared"})
         assert server.complete(max_tokens=4).usage.completion_tokens == 4
         assert json.loads(server.get("/v1/align_spec/info")[1])["enabled"] is False
+    finally:
+        stop_server(server)
+
+
+def test_a_server_that_drains_finishes_responses_that_have_yet_to_ask_the_engine(tmp_path):
+    options = {"align_spec": {"rewards": {"good": {"kind": "model", "model": str(MODELS / "judge")}}}}
+    server = start_server(
+        tmp_path / "log", "--additional-config", json.dumps(options), "--shutdown-timeout", "100", "--max-num-seqs", "8"
+    )
+    asks = [
+        (None, 200),
+        ({"bon": 12, "bon_parallel": 1}, 40),  # one sample after the other
+        ({"cards": "on", "cards_threshold": -100}, 200),  # segments of 64 tokens at most
+    ]
+    try:
+        with ThreadPoolExecutor(len(asks)) as pool:
+            jobs = [
+                pool.submit(
+                    server.chat, xargs=xargs, max_tokens=tokens, temperature=1.0, extra_body={"ignore_eos": True}
+                )
+                for xargs, tokens in asks
+            ]
+            deadline = time.monotonic() + 30
+            while server.metric("vllm:num_requests_running") < len(asks) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            server.process.send_signal(signal.SIGTERM)
+            answers = [job.result(110) for job in jobs]
+        for (_, tokens), answer in zip(asks, answers, strict=True):
+            assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", tokens)
+        server.process.wait(60)
     finally:
         stop_server(server)
 

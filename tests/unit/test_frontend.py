@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 from contextlib import aclosing
 from types import SimpleNamespace
 
@@ -163,6 +164,36 @@ def test_the_inner_request_is_what_the_worker_expects():
     assert choice["origins"] == [("opening", 6), ("draft", 1), ("base", 1), ("draft", 1), ("base", 1)]
     assert (choice["target_forwards"], choice["tokens_per_forward"]) == (4, 2.5)
     assert (choice["switch_index"], choice["reason"]) == (5, "switched")
+
+
+def test_draining_waits_for_what_is_under_way_and_for_nothing_that_comes_later():
+    engine = StandIn()
+    prompt = {"type": "token", "prompt_token_ids": PROMPT}
+
+    def begin(name):
+        params = SamplingParams(max_tokens=10, output_kind=RequestOutputKind.DELTA, extra_args=SHARED)
+        return frontend.generate(original, engine, prompt, params, name)
+
+    async def run():
+        drain = functools.partial(asyncio.to_thread, frontend.drain, engine)
+        assert await drain(9) > 8.5
+        first, second = begin("first"), begin("second")
+        await anext(first)
+        assert frontend.drain(engine, 9) == 9  # on the thread that they need to go on: no waiting
+        assert await drain(0.2) == 1.0  # they take longer than they may
+        waiting = asyncio.create_task(drain(9))
+        await asyncio.sleep(0.2)
+        await anext(second)
+        assert not waiting.done()
+        async for _ in first:
+            pass
+        left = await asyncio.wait_for(waiting, 5)
+        assert 1.0 < left < 9
+        await second.aclose()
+        assert await drain(9) > 8.5
+
+    asyncio.run(run())
+    assert frontend.drain(StandIn(), 9) == 9  # an engine that nobody asked for a method
 
 
 def test_choices_are_requests_of_their_own():

@@ -106,6 +106,12 @@ def attach_messages(conversations: Sequence[Any], engine_inputs: Sequence[dict[s
         engine_input[MESSAGES_KEY] = conversation
 
 
+def drain(engine: Any, timeout: float) -> float:
+    """Fills patch ``shutdown``: waits for the responses that are under way; see `Frontend.drain`."""
+    frontend = _frontends.get(engine)
+    return timeout if frontend is None else frontend.drain(timeout)
+
+
 _frontends: weakref.WeakKeyDictionary[Any, Frontend] = weakref.WeakKeyDictionary()
 
 
@@ -157,6 +163,7 @@ class Frontend:
         self.reports = ReportStore(self.options.reports, self.collector.hurry)
         self._strategies = {strategy.method: strategy for strategy in registry.strategies()}
         self._finishing: set[asyncio.Task[None]] = set()
+        self._under_way: set[object] = set()  # one for each response
         self.pilot = Pilot(self.options.wsd.pilot) if self.options.wsd.pilot else None
         self.judges = judges(self.options.rewards) if self.options.enabled else {}
         if self.options.enabled:
@@ -345,6 +352,8 @@ class Frontend:
         choices = [_Choice(self, call, index) for index in range(call.params.n)]
         began = time.monotonic()
         outcome = "cancelled"
+        response = object()
+        self._under_way.add(response)
         tasks: list[asyncio.Task[None]] = []
         try:
             tasks += [asyncio.create_task(choice.run(assembler)) for choice in choices]
@@ -373,6 +382,7 @@ class Frontend:
             # Nothing is awaited here: a server that cancels this generator would cancel that too, again and again.
             for task in tasks:
                 task.cancel()
+            self._under_way.discard(response)
             metrics().requests.labels(call.strategy.method, outcome).inc()
             entry = self.reports.open(call.request_id)
             finishing = asyncio.create_task(
@@ -380,6 +390,28 @@ class Frontend:
             )
             self._finishing.add(finishing)
             finishing.add_done_callback(self._finishing.discard)
+
+    def drain(self, timeout: float) -> float:
+        """Waits for the responses that are under way now: an engine that drains rejects what they have yet to ask.
+
+        Blocks, so on a thread that runs an event loop, which they need to go on, it does nothing.
+
+        Args:
+            timeout: most seconds to wait.
+
+        Returns:
+            seconds that are left, at least one: vLLM takes 0 for the order to abort.
+        """
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            began, waited_for = time.monotonic(), self._under_way.copy()
+            if waited_for:
+                logger.info("Draining: %d responses are under way", len(waited_for))
+            while waited_for & self._under_way and (left := began + timeout - time.monotonic()) > 0:
+                time.sleep(min(0.05, left))
+            return max(1.0, began + timeout - time.monotonic())
+        return timeout
 
     async def _insist(self, method: str, choices: Sequence[_Choice]) -> None:
         """For strict requests, which pay for it: no end of the response before the workers say that all went well."""
