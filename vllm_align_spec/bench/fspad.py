@@ -3,9 +3,10 @@
 All drafters were trained alike (``lab drafters``), but for GRIFFIN's second stage, and answer the same held-out
 prompts, greedily, in the real engine. *Tokens per forward* counts every forward pass of the target, the prompt's and
 those that had no drafts included. The draft length of each drafter is chosen on every second prompt and its figure
-taken from the others; ratios are paired by prompt. Speed is that of equally long answers, each timed right after plain
-decoding of the same prompts. Drafters of other training seeds (``--other-seeds``) are counted at the draft lengths that
-were chosen for the shipped ones.
+taken from the others; ratios are paired by prompt. Speed is tokens per second of the same answers to their end, each
+round timed right after plain decoding of its prompts; the draft length that is fastest is chosen on every second round.
+Drafters of other training seeds (``--other-seeds``) are counted at the draft lengths that were chosen for the shipped
+ones.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 
 MAIN_DRAFTS = 4
 BATCHES = (1, 8)
+"""Requests that run together."""
+ROUND = {1: 2, 8: 16}
+"""Prompts of a timed round, by batch."""
 SHARE_TOKENS = 64
 Counts = list[tuple[int, int]]
 """(tokens, forward passes of the target) of each prompt."""
@@ -56,7 +60,7 @@ def run(*, quick: bool, json_file: Path | None, out: Path, other_seeds: Sequence
     """
     started = time.monotonic()
     drafts: tuple[int, ...] = (MAIN_DRAFTS,) if quick else (2, 3, 4, 5, 6)
-    count, tokens, repeats = (48, 64, {1: 4, 8: 2}) if quick else (96, 96, {1: 6, 8: 4})
+    count, tokens, rounds = (48, 64, {1: 4, 8: 2}) if quick else (240, 96, {1: 8, 8: 4})
     result = Result("fspad")
     sizes = {name: read(lab.drafter_path(name)).parameters() for name in NAMES}
     for folder in other_seeds:
@@ -67,13 +71,13 @@ def run(*, quick: bool, json_file: Path | None, out: Path, other_seeds: Sequence
         "num_speculative_tokens": list(drafts),
         "prompts": count,
         "tokens": tokens,
-        "repeats": repeats,
+        "rounds": rounds,
         "quick": quick,
         "other_seeds": len(other_seeds),
     }
     counts: dict[str, dict[int, Counts]] = result.samples.setdefault("counts", {})
     accepted: dict[str, dict[int, list[float]]] = result.tables.setdefault("accepted_by_position", {})
-    seconds: dict[str, dict[int, dict[str, Any]]] = result.samples.setdefault("seconds", {})
+    rates: dict[str, dict[int, dict[str, Any]]] = result.samples.setdefault("tokens_per_second", {})
     again: list[dict[str, Counts]] = result.samples.setdefault("counts_of_other_seeds", [])
     total = len(NAMES) * (len(drafts) + len(other_seeds))
     with result.kept(out), Progress(
@@ -90,7 +94,7 @@ def run(*, quick: bool, json_file: Path | None, out: Path, other_seeds: Sequence
                         found, shares = _count(engine, prompts, tokens, k)
                         counts.setdefault(name, {})[k] = found
                         accepted.setdefault(name, {})[k] = shares
-                        seconds.setdefault(name, {})[k] = _time(plain, engine, prompts, tokens, repeats)
+                        rates.setdefault(name, {})[k] = _time(plain, engine, prompts, tokens, rounds)
                     del engine
                     gc.collect()
                     progress.advance(task)
@@ -108,22 +112,24 @@ def run(*, quick: bool, json_file: Path | None, out: Path, other_seeds: Sequence
                 progress.advance(task)
     with result.kept(out):
         _shares(result, prompts, length)
-        _figures(result, counts, again, seconds, length)
+        _figures(result, counts, again, rates, length)
+        if not quick:
+            _compiled(result, prompts, tokens, rounds)
         _show(result, counts, accepted)
-        _draw(result, out, counts, accepted, seconds)
+        _draw(result, out, counts, accepted, rates)
     result.finish(json_file, out, started)
 
 
 def _settings(drafter: Path | None, k: int) -> dict[str, Any]:
-    settings: dict[str, Any] = {"max_model_len": 1024, "max_num_seqs": 16}
+    settings: dict[str, Any] = {"max_model_len": 1024, "max_num_seqs": max(BATCHES)}
     settings["enable_prefix_caching"] = False  # prompts come again
     if drafter is not None:
         settings["speculative_config"] = {"method": "eagle", "model": str(drafter), "num_speculative_tokens": k}
     return settings
 
 
-def _engine(drafter: Path | None, k: int) -> LLM:
-    settings = _settings(drafter, k)
+def _engine(drafter: Path | None, k: int, **others: Any) -> LLM:
+    settings = _settings(drafter, k) | others
     if drafter is not None:
         settings["per_request_spec_decode_metrics"] = "summary"
     told = f"{k} drafts of {drafter.name}" if drafter is not None else "no drafter"
@@ -149,44 +155,51 @@ def _prompts(engine: LLM, count: int) -> list[list[int]]:
     ]
 
 
-def _generate(engine: LLM, prompts: Sequence[list[int]], tokens: int, *, natural: bool) -> tuple[float, list[Any]]:
+def _generate(engine: LLM, prompts: Sequence[list[int]], tokens: int) -> list[Any]:
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=not natural)
-    time.sleep(PAUSE_S)
-    start = time.perf_counter()
-    outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
-    return time.perf_counter() - start, outputs
+    params = SamplingParams(temperature=0.0, max_tokens=tokens)
+    found: list[Any] = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    return found
 
 
 def _count(engine: LLM, prompts: list[list[int]], tokens: int, k: int) -> tuple[Counts, list[float]]:
     """Tokens and forward passes by prompt, and the share of drafts accepted at each position."""
     counts: Counts = []
     steps = [0] * (k + 1)  # by how many drafts were accepted
-    for start in range(0, len(prompts), 8):
-        for output in _generate(engine, prompts[start : start + 8], tokens, natural=True)[1]:
-            completion = output.outputs[0]
-            metrics = completion.spec_decode_metrics
-            told = [int(n) for n in metrics.histogram] if metrics is not None else []
-            for n, times in enumerate(told):
-                steps[n] += times
-            counts.append((len(completion.token_ids), sum(told) + 1))
+    for output in _generate(engine, prompts, tokens):
+        completion = output.outputs[0]
+        metrics = completion.spec_decode_metrics
+        told = [int(n) for n in metrics.histogram] if metrics is not None else []
+        for n, times in enumerate(told):
+            steps[n] += times
+        counts.append((len(completion.token_ids), sum(told) + 1))
     shares = [sum(steps[position + 1 :]) / max(1, sum(steps)) for position in range(k)]
     return counts, shares
 
 
 def _time(
-    plain: LLM, engine: LLM, prompts: list[list[int]], tokens: int, repeats: dict[int, int]
+    plain: LLM, engine: LLM, prompts: list[list[int]], tokens: int, rounds: dict[int, int]
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of both engines by batch; the first round warms up and does not count."""
+    """Tokens per second of both engines by batch; the first round comes twice, to warm up."""
     found: dict[str, dict[str, list[float]]] = {}
     for batch in BATCHES:
         pairs = []
-        for repeat in range(-1, repeats[batch]):
-            chosen = [prompts[(max(repeat, 0) * batch + i) % len(prompts)] for i in range(batch)]
-            pairs.append([_generate(e, chosen, tokens, natural=False)[0] for e in (plain, engine)])
+        for number in (0, *range(rounds[batch])):
+            first = number * ROUND[batch]
+            chosen = [prompts[(first + i) % len(prompts)] for i in range(ROUND[batch])]
+            pairs.append([_tokens_per_second(e, chosen, tokens, batch) for e in (plain, engine)])
         found[str(batch)] = {"plain": [p for p, _ in pairs[1:]], "drafted": [d for _, d in pairs[1:]]}
     return found
+
+
+def _tokens_per_second(engine: LLM, prompts: list[list[int]], tokens: int, batch: int) -> float:
+    """One prompt after the other, or all at once where as many run together as the engine admits."""
+    parts = [prompts] if batch == max(BATCHES) else [[prompt] for prompt in prompts]
+    time.sleep(PAUSE_S)
+    start = time.perf_counter()
+    outputs = [output for part in parts for output in _generate(engine, part, tokens)]
+    return sum(len(output.outputs[0].token_ids) for output in outputs) / (time.perf_counter() - start)
 
 
 def _rate(counts: Counts) -> float:
@@ -214,7 +227,7 @@ def _figures(
     result: Result,
     counts: dict[str, dict[int, Counts]],
     again: list[dict[str, Counts]],
-    seconds: dict[str, dict[int, Any]],
+    rates: dict[str, dict[int, Any]],
     length: dict[str, int],
 ) -> None:
     result.tables["tokens_per_forward"] = {v: {k: _rate(c) for k, c in of_k.items()} for v, of_k in counts.items()}
@@ -233,16 +246,36 @@ def _figures(
             key = f"ratio_to_{name.replace('-', '_')}{suffix}"
             result.figures[key] = _paired(held["fspad"], held[name], ">= 1.00")
 
-    def speed(variant: str, batch: int, k: int, target: str = "") -> Figure:
-        timed = seconds[variant][k][str(batch)]
-        return median(ratios(timed["plain"], timed["drafted"]), target)
-
+    fastest: dict[str, dict[str, int]] = result.tables.setdefault("fastest_drafts", {})
+    for name, of_k in rates.items():
+        fastest[name] = {
+            batch: max(of_k, key=lambda k: median(_gains(of_k[k][batch])[::2]).value) for batch in map(str, BATCHES)
+        }
     for batch, target in ((1, ">= 1.50"), (8, ">= 1.00")):
-        result.figures[f"speed_ratio_batch_{batch}"] = speed("fspad", batch, length["fspad"])
-        result.figures[f"best_speed_ratio_batch_{batch}"] = speed(best, batch, length[best], target)
-    # The draft length with the most tokens per forward is not the fastest where verification costs time.
-    shortest = min(seconds[best])
-    result.figures["best_speed_ratio_batch_8_shortest_drafts"] = speed(best, 8, shortest, ">= 1.00")
+        for name in dict.fromkeys((best, "fspad", "eagle")):
+            gains = _gains(rates[name][fastest[name][str(batch)]][str(batch)])[1::2]
+            key = f"{'best' if name == best else name.replace('-', '_')}_speed_ratio_batch_{batch}"
+            result.figures[key] = median(gains, target if name == best else "")
+
+
+def _gains(timed: dict[str, list[float]]) -> list[float]:
+    return ratios(timed["drafted"], timed["plain"])
+
+
+def _compiled(result: Result, prompts: list[list[int]], tokens: int, rounds: dict[int, int]) -> None:
+    """The best drafter with a target and a drafter that were compiled, as a server has them if it is not told else."""
+    best = result.tables["best"]
+    k = result.tables["fastest_drafts"][best]["1"]
+    with _engine(None, 0, enforce_eager=False) as plain:
+        with _engine(lab.drafter_path(best), k, enforce_eager=False) as engine:
+            timed = _time(plain, engine, prompts, tokens, rounds)
+        del engine
+        gc.collect()
+    del plain
+    gc.collect()
+    result.samples["tokens_per_second_compiled"] = timed
+    for batch in BATCHES:
+        result.figures[f"best_speed_ratio_batch_{batch}_compiled"] = median(_gains(timed[str(batch)]))
 
 
 def _show(result: Result, counts: dict[str, dict[int, Counts]], accepted: dict[str, dict[int, list[float]]]) -> None:
@@ -268,7 +301,7 @@ def _draw(
     out: Path,
     counts: dict[str, dict[int, Counts]],
     accepted: dict[str, dict[int, list[float]]],
-    seconds: dict[str, dict[int, Any]],
+    rates: dict[str, dict[int, Any]],
 ) -> None:
     (left, middle, right), save = axes(out, "fspad", 3, "Drafters on the lab's base model, greedy")
     names = list(counts)
@@ -276,8 +309,7 @@ def _draw(
     longest = max(lengths)
 
     def speeds(variant: str, batch: int) -> list[float]:
-        of_k: Callable[[int], dict[str, list[float]]] = lambda k: seconds[variant][k][str(batch)]  # noqa: E731
-        return [median(ratios(of_k(k)["plain"], of_k(k)["drafted"])).value for k in lengths]
+        return [median(_gains(rates[variant][k][str(batch)])).value for k in lengths]
 
     for variant in names:
         left.plot(lengths, [_rate(counts[variant][k]) for k in lengths], marker="o", label=variant)

@@ -68,10 +68,9 @@ class Result:
     def show(self) -> None:
         """A table of all figures."""
         table = Table(title=self.bench, title_justify="left")
-        table.add_column("figure", no_wrap=True)
-        table.add_column("measured", justify="right")
-        table.add_column("95% interval", justify="right", no_wrap=True)
-        table.add_column("aim", justify="right")
+        table.add_column("figure", overflow="fold")
+        for column in ("measured", "95% interval", "aim"):
+            table.add_column(column, justify="right", no_wrap=True)
         for name, figure in self.figures.items():
             spread = f"{figure.low:.3f} to {figure.high:.3f}" if figure.low != figure.high else ""
             table.add_row(name, f"{figure.value:.3f}", spread, figure.target)
@@ -99,7 +98,7 @@ class Result:
 
 
 def start_engine(model: str, told: str, **settings: Any) -> LLM:
-    """An engine as a server would start it, on V1 and in float32."""
+    """An engine as a server would start it, on V1 and in float32; without compilation unless ``settings`` say so."""
     from vllm_align_spec.cli import server_environment
 
     # The engine is a process of its own and starts with what a server would start with.
@@ -115,11 +114,9 @@ def start_engine(model: str, told: str, **settings: Any) -> LLM:
         os.environ.setdefault(name, value)
     from vllm_align_spec.engine.offline import LLM
 
+    settings = {"dtype": "float32", "block_size": 32, "enforce_eager": True, **settings}
     with console.status(f"starting an engine with {told}"):
-        return LLM(
-            model, dtype="float32", block_size=32, enforce_eager=True, use_tqdm_on_load=False, disable_log_stats=True,
-            **settings,
-        )  # fmt: skip
+        return LLM(model, use_tqdm_on_load=False, disable_log_stats=True, **settings)
 
 
 def environment() -> dict[str, Any]:

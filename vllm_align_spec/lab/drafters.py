@@ -98,7 +98,8 @@ def build(
         only: of `NAMES`; all by default. `SECOND` goes on from the ``griffin`` that is in ``out``.
         seed: of weights, order, noise and data.
         steps: optimiser steps of each.
-        data: folder with answers that an earlier run wrote, or for this one to write; a temporary one by default.
+        data: folder with answers and features that an earlier run wrote, or for this one to write; a temporary one by
+            default. Runs at the same time may share it once it has the answers.
         console: where progress is shown.
     """
     console = console or Console(width=120)
@@ -117,6 +118,7 @@ def build(
                 data=files,
                 out=Path(scratch) / name,
                 seed=seed,
+                feature_cache=folder / f"features-{seed}",  # computed once for all of them
                 **SHARED | _particular(name, out, steps),
             )
             result = train(config, console=console)
