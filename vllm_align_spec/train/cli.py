@@ -40,6 +40,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(
                 flag,
                 nargs="+" if name == "data" else None,
+                action="extend" if name == "data" else "store",
                 required=field.is_required(),
                 default=argparse.SUPPRESS,
                 metavar=name.upper(),
@@ -59,7 +60,8 @@ def add_parser(subparsers: Subparsers) -> None:
     answers = what.add_parser("answers", help="let the target answer the conversations of a data set, through vLLM")
     answers.filled = True
     answers.add_argument("--target", required=True, help="model that answers: a folder or a name")
-    answers.add_argument("--data", nargs="+", type=Path, required=True, help="JSONL files, as `train fspad` takes them")
+    told = "JSONL files, as `train fspad` takes them"
+    answers.add_argument("--data", nargs="+", action="extend", type=Path, required=True, help=told)
     answers.add_argument("--out", type=Path, required=True, help="JSONL file to write: OpenAI messages")
     answers.add_argument("--temperature", type=float, default=0.0, help="of the answers (default: 0, greedy)")
     answers.add_argument("--max-tokens", type=int, default=512, help="of an answer (default: 512)")
