@@ -60,7 +60,7 @@ def run(*, quick: bool, json_file: Path | None, out: Path, other_seeds: Sequence
     """
     started = time.monotonic()
     drafts: tuple[int, ...] = (MAIN_DRAFTS,) if quick else (2, 3, 4, 5, 6)
-    count, tokens, rounds = (48, 64, {1: 4, 8: 2}) if quick else (240, 96, {1: 8, 8: 4})
+    count, tokens, rounds = (48, 64, {1: 4, 8: 2}) if quick else (160, 96, {1: 6, 8: 2})
     result = Result("fspad")
     sizes = {name: read(lab.drafter_path(name)).parameters() for name in NAMES}
     for folder in other_seeds:
@@ -181,15 +181,16 @@ def _count(engine: LLM, prompts: list[list[int]], tokens: int, k: int) -> tuple[
 def _time(
     plain: LLM, engine: LLM, prompts: list[list[int]], tokens: int, rounds: dict[int, int]
 ) -> dict[str, dict[str, list[float]]]:
-    """Tokens per second of both engines by batch; the first round comes twice, to warm up."""
+    """Tokens per second of both engines by batch."""
     found: dict[str, dict[str, list[float]]] = {}
     for batch in BATCHES:
         pairs = []
-        for number in (0, *range(rounds[batch])):
-            first = number * ROUND[batch]
-            chosen = [prompts[(first + i) % len(prompts)] for i in range(ROUND[batch])]
+        for e in (plain, engine):
+            _tokens_per_second(e, prompts[-batch:], tokens, batch)  # warms up
+        for first in range(0, rounds[batch] * ROUND[batch], ROUND[batch]):
+            chosen = prompts[first : first + ROUND[batch]]
             pairs.append([_tokens_per_second(e, chosen, tokens, batch) for e in (plain, engine)])
-        found[str(batch)] = {"plain": [p for p, _ in pairs[1:]], "drafted": [d for _, d in pairs[1:]]}
+        found[str(batch)] = {"plain": [p for p, _ in pairs], "drafted": [d for _, d in pairs]}
     return found
 
 
