@@ -4,9 +4,9 @@ All drafters were trained alike (``lab drafters``), but for GRIFFIN's second sta
 prompts, greedily, in the real engine. *Tokens per forward* counts every forward pass of the target, the prompt's and
 those that had no drafts included. The draft length of each drafter is chosen on every second prompt and its figure
 taken from the others; ratios are paired by prompt. Speed is tokens per second of the same answers to their end, each
-round timed right after plain decoding of its prompts; the draft length that is fastest is chosen on every second round.
-Drafters of other training seeds (``--other-seeds``) are counted at the draft lengths that were chosen for the shipped
-ones.
+round timed right before or after plain decoding of its prompts. The best drafter is timed once more at its fastest draft
+length, on other prompts, also with both models compiled, as a server has them if it is not told otherwise. Drafters of
+other training seeds (``--other-seeds``) are counted at the draft lengths that were chosen for the shipped ones.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ BATCHES = (1, 8)
 """Requests that run together."""
 ROUND = {1: 2, 8: 16}
 """Prompts of a timed round, by batch."""
+CONFIRMED = {1: 12, 8: 12}
+"""Rounds at the draft length that was chosen, by batch."""
 SHARE_TOKENS = 64
 Counts = list[tuple[int, int]]
 """(tokens, forward passes of the target) of each prompt."""
@@ -60,7 +62,7 @@ def run(*, quick: bool, json_file: Path | None, out: Path, other_seeds: Sequence
     """
     started = time.monotonic()
     drafts: tuple[int, ...] = (MAIN_DRAFTS,) if quick else (2, 3, 4, 5, 6)
-    count, tokens, rounds = (48, 64, {1: 4, 8: 2}) if quick else (160, 96, {1: 6, 8: 2})
+    count, tokens, rounds = (48, 64, {1: 4, 8: 2}) if quick else (240, 96, {1: 4, 8: 1})
     result = Result("fspad")
     sizes = {name: read(lab.drafter_path(name)).parameters() for name in NAMES}
     for folder in other_seeds:
@@ -113,8 +115,9 @@ def run(*, quick: bool, json_file: Path | None, out: Path, other_seeds: Sequence
     with result.kept(out):
         _shares(result, prompts, length)
         _figures(result, counts, again, rates, length)
-        if not quick:
-            _compiled(result, prompts, tokens, rounds)
+        used = max(number * ROUND[batch] for batch, number in rounds.items())
+        modes = ("eager",) if quick else ("eager", "compiled")
+        _confirm(result, prompts[used:], tokens, {1: 4, 8: 1} if quick else CONFIRMED, modes)
         _show(result, counts, accepted)
         _draw(result, out, counts, accepted, rates)
     result.finish(json_file, out, started)
@@ -183,14 +186,15 @@ def _time(
 ) -> dict[str, dict[str, list[float]]]:
     """Tokens per second of both engines by batch."""
     found: dict[str, dict[str, list[float]]] = {}
-    for batch in BATCHES:
-        pairs = []
-        for e in (plain, engine):
-            _tokens_per_second(e, prompts[-batch:], tokens, batch)  # warms up
-        for first in range(0, rounds[batch] * ROUND[batch], ROUND[batch]):
-            chosen = prompts[first : first + ROUND[batch]]
-            pairs.append([_tokens_per_second(e, chosen, tokens, batch) for e in (plain, engine)])
-        found[str(batch)] = {"plain": [p for p, _ in pairs], "drafted": [d for _, d in pairs]}
+    ways = {"plain": plain, "drafted": engine}
+    for batch, count in rounds.items():
+        for way in ways.values():
+            _tokens_per_second(way, prompts[-batch:], tokens, batch)  # warms up
+        timed = found[str(batch)] = {name: [] for name in ways}
+        for number in range(count):
+            chosen = prompts[number * ROUND[batch] : (number + 1) * ROUND[batch]]
+            for name in ways if number % 2 else reversed(ways):
+                timed[name].append(_tokens_per_second(ways[name], chosen, tokens, batch))
     return found
 
 
@@ -247,36 +251,36 @@ def _figures(
             key = f"ratio_to_{name.replace('-', '_')}{suffix}"
             result.figures[key] = _paired(held["fspad"], held[name], ">= 1.00")
 
-    fastest: dict[str, dict[str, int]] = result.tables.setdefault("fastest_drafts", {})
-    for name, of_k in rates.items():
-        fastest[name] = {
-            batch: max(of_k, key=lambda k: median(_gains(of_k[k][batch])[::2]).value) for batch in map(str, BATCHES)
-        }
-    for batch, target in ((1, ">= 1.50"), (8, ">= 1.00")):
-        for name in dict.fromkeys((best, "fspad", "eagle")):
-            gains = _gains(rates[name][fastest[name][str(batch)]][str(batch)])[1::2]
-            key = f"{'best' if name == best else name.replace('-', '_')}_speed_ratio_batch_{batch}"
-            result.figures[key] = median(gains, target if name == best else "")
+    result.tables["speed_ratio"] = {
+        name: {k: {batch: median(_gains(timed)).value for batch, timed in of.items()} for k, of in of_k.items()}
+        for name, of_k in rates.items()
+    }
 
 
 def _gains(timed: dict[str, list[float]]) -> list[float]:
     return ratios(timed["drafted"], timed["plain"])
 
 
-def _compiled(result: Result, prompts: list[list[int]], tokens: int, rounds: dict[int, int]) -> None:
-    """The best drafter with a target and a drafter that were compiled, as a server has them if it is not told else."""
+def _confirm(
+    result: Result, prompts: list[list[int]], tokens: int, rounds: dict[int, int], modes: Sequence[str]
+) -> None:
+    """Times the best drafter once more at the draft length that was fastest, on prompts that did not choose it."""
     best = result.tables["best"]
-    k = result.tables["fastest_drafts"][best]["1"]
-    with _engine(None, 0, enforce_eager=False) as plain:
-        with _engine(lab.drafter_path(best), k, enforce_eager=False) as engine:
-            timed = _time(plain, engine, prompts, tokens, rounds)
-        del engine
+    for mode in modes:
+        eager = mode == "eager"
+        with _engine(None, 0, enforce_eager=eager) as plain:
+            for batch, aim in ((1, ">= 1.50"), (8, ">= 1.00")):
+                speeds = result.tables["speed_ratio"][best]
+                k = max(speeds, key=lambda k: speeds[k][str(batch)])
+                with _engine(lab.drafter_path(best), k, enforce_eager=eager) as engine:
+                    timed = _time(plain, engine, prompts, tokens, {batch: rounds[batch]})[str(batch)]
+                del engine
+                gc.collect()
+                suffix = "" if eager else "_compiled"
+                result.samples[f"tokens_per_second_batch_{batch}{suffix}"] = {"drafts": k, **timed}
+                result.figures[f"best_speed_ratio_batch_{batch}{suffix}"] = median(_gains(timed), aim if eager else "")
+        del plain
         gc.collect()
-    del plain
-    gc.collect()
-    result.samples["tokens_per_second_compiled"] = timed
-    for batch in BATCHES:
-        result.figures[f"best_speed_ratio_batch_{batch}_compiled"] = median(_gains(timed[str(batch)]))
 
 
 def _show(result: Result, counts: dict[str, dict[int, Counts]], accepted: dict[str, dict[int, list[float]]]) -> None:

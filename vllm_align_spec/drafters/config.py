@@ -189,7 +189,10 @@ def from_hf(config: Mapping[str, Any], tensors: Shapes, drafter: str) -> Drafter
     heads = values.get("num_attention_heads", 1)
     values.setdefault("num_key_value_heads", heads)
     values.setdefault("head_dim", values.get("hidden_size", 0) // heads)
-    values.setdefault("rope_parameters", {"rope_type": "default", "rope_theta": values.get("rope_theta", 10000.0)})
+    scaling = dict(values.get("rope_scaling") or {})
+    kind = scaling.pop("type", "default")  # as older configs call it
+    theta = values.get("rope_theta", 10000.0)
+    values.setdefault("rope_parameters", {"rope_type": kind, "rope_theta": theta, **scaling})
     if tensors:
         down = tensors.get("layers.0.mlp.down_proj.weight", (0,))
         sampling: FeatureSampling = "none"

@@ -38,7 +38,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--steps",
         type=int,
         default=1200,
-        help="optimiser steps of each (default: 1200; the second stage: a third of them)",
+        help="optimiser steps of each (default: 1200)",
     )
     drafters.add_argument("--seed", type=int, default=0)
     drafters.add_argument("--data", type=Path, help="folder that keeps base's answers from one run to the next")

@@ -26,7 +26,6 @@ from vllm_align_spec.train.loop import Result, save_drafter, train
 GREEDY, WRITTEN = 1000, 4000
 """Requests that base answers itself, greedily, and conversations as they were written for base to learn from: those are
 what base says at temperature 1, as far as it learned."""
-GREEDY_FILE, WRITTEN_FILE = f"greedy-{GREEDY}.jsonl", f"written-{WRITTEN}.jsonl"
 SHARED: dict[str, Any] = {
     "epochs": 50,
     "batch_size": 8,
@@ -58,18 +57,25 @@ def wide_intermediate_size() -> int:
     return eagle.intermediate_size + (fspad.parameters() - eagle.parameters()) // (3 * eagle.hidden_size)
 
 
-def write_data(folder: Path, seed: int) -> tuple[Path, ...]:
+def data_files(folder: Path, seed: int) -> tuple[Path, Path]:
+    """Where the answers to `GREEDY` requests and the `WRITTEN` conversations are kept."""
+    return folder / f"greedy-{GREEDY}-{seed}.jsonl", folder / f"written-{WRITTEN}-{seed}.jsonl"
+
+
+def write_data(folder: Path, seed: int) -> None:
     """Chats of the training side of the lab's language: as written, and with base's own greedy answers."""
-    asked, written, greedy = folder / f"asked-{GREEDY}.jsonl", folder / WRITTEN_FILE, folder / GREEDY_FILE
+    asked = folder / f"asked-{GREEDY}-{seed}.jsonl"
+    greedy, written = data_files(folder, seed)
     documents = (d for d in world.stream(seed + 5000, "train") if d.messages)
     for file, count in ((asked, GREEDY), (written, WRITTEN)):
         lines = (json.dumps({"messages": list(d.messages)}) for d in itertools.islice(documents, count))
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; else the engine asks for nearly all memory there is
+    unfinished = greedy.with_suffix(".part")
     regenerate(
         str(lab.model_path("base")),
         [asked],
-        greedy,
+        unfinished,
         temperature=0.0,
         max_tokens=160,
         seed=seed,
@@ -79,7 +85,7 @@ def write_data(folder: Path, seed: int) -> tuple[Path, ...]:
         enforce_eager=True,
         disable_log_stats=True,
     )
-    return greedy, written
+    unfinished.replace(greedy)
 
 
 def build(
@@ -109,9 +115,9 @@ def build(
     with tempfile.TemporaryDirectory() as scratch:
         folder = data or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        files: tuple[Path, ...] = (folder / GREEDY_FILE, folder / WRITTEN_FILE)
+        files = data_files(folder, seed)
         if not all(file.exists() for file in files):
-            files = write_data(folder, seed)
+            write_data(folder, seed)
         for name in sorted(only, key=NAMES.index) if only else NAMES:
             config = TrainConfig(
                 target=str(lab.model_path("base")),

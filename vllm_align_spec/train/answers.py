@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_align_spec.train.data import Complaints, Message, read
+from vllm_align_spec.train.data import BadLineError, Complaints, Message, read
 
 
 def regenerate(
@@ -22,6 +22,9 @@ def regenerate(
 ) -> tuple[int, Complaints]:
     """Writes every conversation with the assistant's messages replaced, turn by turn, by the target's own.
 
+    A conversation is written when it has ended. One that cannot go on (its prompt is longer than the target's context,
+    its template refuses it) ends with its last answer; one without any is left out.
+
     Args:
         target: model that vLLM serves.
         files: JSONL conversations.
@@ -32,35 +35,73 @@ def regenerate(
         engine_args: for ``vllm.LLM``.
 
     Returns:
-        How many conversations were written, and the lines that were none.
-    """
-    from vllm import LLM, SamplingParams
+        How many conversations were written, and the lines that were left out.
 
+    Raises:
+        OSError: a file cannot be read, or ``out`` cannot be written; that is found before the target is loaded.
+    """
     complaints = Complaints()
     conversations = list(read(files, complaints))
-    written: list[list[Message]] = [[] for _ in conversations]
-    left = dict(enumerate(conversations))
-    engine = LLM(target, **engine_args)
-    while left:
-        for number, messages in left.items():
-            while messages and messages[0]["role"] != "assistant":
-                written[number].append(messages.pop(0))
-        left = {number: messages for number, messages in left.items() if messages}
-        numbers = list(left)
-        if not numbers:
-            break
-        params = [
-            SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed * 1_000_003 + number)
-            for number in numbers
-        ]
-        outputs = engine.chat([written[number] for number in numbers], params, use_tqdm=True)
-        for number, output in zip(numbers, outputs, strict=True):
-            left[number].pop(0)
-            written[number].append({"role": "assistant", "content": output.outputs[0].text})
-            if output.outputs[0].finish_reason != "stop":
-                left[number] = []
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", encoding="utf-8") as file:
-        for messages in written:
-            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
-    return len(written), complaints
+        from vllm import LLM, SamplingParams
+
+        engine = LLM(target, **engine_args)
+        tokenizer, context = engine.get_tokenizer(), engine.model_config.max_model_len
+        count = 0
+        written: list[list[Message]] = [[] for _ in conversations]
+        left = dict(enumerate(conversations))
+        while left:
+            prompts: dict[int, list[int]] = {}
+            for number, messages in left.items():
+                asked = written[number]
+                while messages and messages[0]["role"] != "assistant":
+                    asked.append(messages.pop(0))
+                try:
+                    if messages:
+                        prompts[number] = prompt(asked, tokenizer, context)
+                        continue
+                except BadLineError as error:
+                    if all(message["role"] != "assistant" for message in asked):
+                        complaints.add(json.dumps(asked or messages)[:80], str(error))
+                        continue
+                while asked[-1]["role"] != "assistant":
+                    asked.pop()
+                file.write(json.dumps({"messages": asked}, ensure_ascii=False) + "\n")
+                count += 1
+            if not prompts:
+                break
+            params = [
+                SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed * 1_000_003 + number)
+                for number in prompts
+            ]
+            outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts.values()], params, use_tqdm=True)
+            left = {number: left[number] for number in prompts}
+            for number, output in zip(prompts, outputs, strict=True):
+                left[number].pop(0)
+                written[number].append({"role": "assistant", "content": output.outputs[0].text})
+                if output.outputs[0].finish_reason != "stop":
+                    left[number].clear()
+    return count, complaints
+
+
+def prompt(messages: list[Message], tokenizer: Any, context: int) -> list[int]:
+    """Token ids that ask for the next answer.
+
+    Args:
+        messages: all before it.
+        tokenizer: the target's.
+        context: most tokens of prompt and answer together.
+
+    Raises:
+        BadLineError: there is nothing to answer, the template refuses it, or no token of an answer would fit.
+    """
+    if not messages:
+        raise BadLineError("it begins with an answer")
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # templates raise what they like
+        raise BadLineError(f"the chat template refuses it ({error})") from None
+    if len(ids) >= context:
+        raise BadLineError(f"its prompt has {len(ids)} tokens, and the target's context {context}")
+    return ids

@@ -84,11 +84,13 @@ def _fspad(parsed: argparse.Namespace) -> int:
         return 2
     if parsed.ray_workers:
         return _on_ray(config, parsed)
+    from safetensors import SafetensorError
+
     from vllm_align_spec.train.loop import DivergedError, train
 
     try:
         result = train(config)
-    except (DivergedError, ValueError, OSError) as error:
+    except (DivergedError, ValueError, OSError, SafetensorError) as error:
         print(f"vllm-align-spec: {error}", file=sys.stderr)
         return 1
     if result.acceptance.forwards:
@@ -119,14 +121,18 @@ def _on_ray(config: TrainConfig, parsed: argparse.Namespace) -> int:
 def _answers(parsed: argparse.Namespace) -> int:
     from vllm_align_spec.train.answers import regenerate
 
-    count, complaints = regenerate(
-        parsed.target,
-        parsed.data,
-        parsed.out,
-        temperature=parsed.temperature,
-        max_tokens=parsed.max_tokens,
-        seed=parsed.seed,
-    )
+    try:
+        count, complaints = regenerate(
+            parsed.target,
+            parsed.data,
+            parsed.out,
+            temperature=parsed.temperature,
+            max_tokens=parsed.max_tokens,
+            seed=parsed.seed,
+        )
+    except (OSError, ValueError) as error:
+        print(f"vllm-align-spec: {error}", file=sys.stderr)
+        return 1
     print(f"{count} conversations, {complaints.count} lines left out: {parsed.out}")
     for line in complaints.first:
         print(f"  left out: {line}", file=sys.stderr)

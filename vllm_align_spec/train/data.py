@@ -62,6 +62,8 @@ def messages_of(line: str) -> list[Message]:
             raise BadLineError(
                 f"a message with role {message['role']!r} and content {type(message['content']).__name__}"
             )
+        if any("\ud800" <= letter <= "\udfff" for letter in message["content"]):
+            raise BadLineError("half of a surrogate pair, which is no text")
     if not any(message["role"] == "assistant" and message["content"] for message in found):
         raise BadLineError("nobody answers")
     return found
@@ -172,6 +174,14 @@ class Batch:
     mask: Tensor  # [B, T] bool: rows that are learned from; row i is about what follows token i
     length: Tensor  # [B] tokens of each, before padding
     numbers: Sequence[int]  # of the conversations, in their data set
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """Tells one list of conversations from another."""
+    found = hashlib.sha256()
+    for example in examples:
+        found.update(example.ids.numpy().tobytes() + b"/")
+    return found.hexdigest()
 
 
 def collate(examples: Sequence[Example], numbers: Sequence[int]) -> Batch:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,31 +20,34 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from vllm_align_spec.train.data import Example
+from vllm_align_spec.train.data import Example, digest
 
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 2**26
 IDENTITY = "features.json"
 OPEN_SHARDS = 256
+SAMPLED = 4096
+"""Numbers of a tensor that its identity is made of."""
 
 
-def identity(head: Tensor, precision: str, examples: Sequence[Example]) -> dict[str, str]:
+def identity(model: nn.Module, precision: str, examples: Sequence[Example]) -> dict[str, str]:
     """What features depend on: those of another model, precision or set of conversations are others.
 
     Args:
-        head: of the target; tells it from one that was trained on, whatever its folder is called.
+        model: the target. Samples of all its tensors tell it from one that was trained on, merged with an adapter or
+            quantised, whatever its folder is called.
         precision: of the computation.
         examples: the conversations, in order.
     """
-    weights, conversations = hashlib.sha256(), hashlib.sha256()
-    weights.update(head.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    for example in examples:
-        conversations.update(example.ids.numpy().tobytes() + b"/")
-    told = {"target": weights.hexdigest(), "dtype": str(head.dtype)}
-    return told | {"precision": precision, "conversations": conversations.hexdigest()}
+    weights = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        some = tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLED)]
+        weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        weights.update(some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return {"target": weights.hexdigest(), "precision": precision, "conversations": digest(examples)}
 
 
 class FeatureCache:
@@ -55,13 +59,16 @@ class FeatureCache:
             overrun it by a shard for each worker.
         made_of: `identity` of what is cached here.
         workers: how many write, each its part of what is left.
+        reserve: bytes of the disk that are left to others, such as checkpoints.
 
     Raises:
         ValueError: the folder has features of something else.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, made_of: dict[str, str], workers: int = 1) -> None:
-        self._folder, self._max_bytes, self._workers = folder, max_bytes, workers
+    def __init__(
+        self, folder: Path, max_bytes: int, made_of: dict[str, str], workers: int = 1, reserve: int = 0
+    ) -> None:
+        self._folder, self._max_bytes, self._workers, self._reserve = folder, max_bytes, workers, reserve
         self._full = False
         self._left = 0
         self._waiting: dict[int, Tensor] = {}
@@ -114,6 +121,9 @@ class FeatureCache:
         shard = self._folder / f"{uuid.uuid4().hex}.safetensors"
         new = shard.with_suffix(".new")
         try:
+            free = shutil.disk_usage(self._folder).free
+            if free < self._reserve + sum(x.numel() * x.element_size() for x in self._waiting.values()):
+                raise OSError(f"{free:,} bytes are free on the disk, and checkpoints may need {self._reserve:,}")
             save_file({str(number): features for number, features in self._waiting.items()}, new)
             new.rename(shard)
         except (OSError, SafetensorError) as error:

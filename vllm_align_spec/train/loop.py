@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vllm_align_spec.drafters.config import DrafterConfig, check_target, for_target
+from vllm_align_spec.drafters.config import EMBEDDING, IGNORED, DrafterConfig, check_target, for_target
 from vllm_align_spec.drafters.config import read as read_drafter
 from vllm_align_spec.drafters.fspad import Drafter
 from vllm_align_spec.train import acceptance, data
@@ -56,6 +56,8 @@ class State:
     best_step: int = 0
     smoothed: float | None = None
     lowest: float = math.inf
+    workers: int = 1
+    data: str = ""  # digest of the conversations
 
 
 @dataclass
@@ -136,11 +138,13 @@ class _Run:
         )
         self.cache: FeatureCache | None = None
         if config.feature_cache is not None:
-            made_of = identity(next(self.target.head.parameters()), config.precision, self.data.train)
+            made_of = identity(self.target.model, config.precision, self.data.train)
             limit = int(config.feature_cache_gb * 1e9)
-            self.cache = FeatureCache(config.feature_cache, limit, made_of, self.workers.size)
+            # Two checkpoints at a time, float32 with two moments each, and the best drafter.
+            reserve = 32 * self.drafter.config.parameters()
+            self.cache = FeatureCache(config.feature_cache, limit, made_of, self.workers.size, reserve)
         self.weights = Weights(config.regress_weight, config.predict_weight, config.top_k_share)
-        self.state = State()
+        self.state = State(workers=self.workers.size, data=data.digest(self.data.train))
         self._board: Any = None
         self._cached = 0  # conversations since the last line of the log whose features were read
         self._last = acceptance.Acceptance(0, 0, ())
@@ -381,7 +385,10 @@ class _Run:
                     example.messages[:first], add_generation_prompt=True, return_dict=False
                 )
             )
-        return acceptance.continuations(self.target, prompts, self.config.evaluate_tokens)
+        found = acceptance.continuations(self.target, prompts, self.config.evaluate_tokens)
+        if not found.sequences:
+            raise ValueError(f"the target answers none of {len(prompts)} held-out requests with two tokens or more")
+        return found
 
     def _evaluate(self, told: acceptance.Continuations) -> acceptance.Acceptance:
         self.drafter.eval()
@@ -462,7 +469,17 @@ class _Run:
                 key: moments[f"{name}.{key}"].to("cpu" if key == "step" else self.device)
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
-        self.state = State(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        state = State(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        if state.workers != self.workers.size:
+            raise ValueError(f"resume: {state.workers} workers began the run, and now there are {self.workers.size}")
+        if state.data != self.state.data:
+            raise ValueError("resume: the data files do not have the conversations that the run was begun with")
+        self.state = state
+        if self.workers.rank == 0:
+            # What was logged after the checkpoint comes again.
+            log = (self.out / LOG).read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in log if json.loads(line)["step"] <= state.step]
+            (self.out / LOG).write_text("".join(kept), encoding="utf-8")
 
     def _curves(self) -> None:
         try:
@@ -510,7 +527,9 @@ def save_drafter(drafter: Drafter, folder: Path, dtype: torch.dtype | None = Non
 
 def _weights(file: Path, device: torch.device) -> dict[str, Tensor]:
     return {
-        name: tensor.float().to(device) for name, tensor in load_file(file).items() if not name.startswith("embed_")
+        name: tensor.float().to(device)
+        for name, tensor in load_file(file).items()
+        if name != EMBEDDING and name not in IGNORED
     }
 
 

@@ -43,8 +43,10 @@ class Target:
     @torch.no_grad()
     def greedy(self, prompts: list[list[int]], tokens: int) -> list[list[int]]:
         """Each prompt with the target's own greedy answer behind it, at most ``tokens`` long, its end included."""
-        end = self.tokenizer.eos_token_id
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else end
+        # All that end an answer in vLLM: many models' chat format ends with another token than their tokenizer names.
+        told = self.model.generation_config.eos_token_id
+        ends = {*(told if isinstance(told, list) else [told]), self.tokenizer.eos_token_id} - {None}
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(ends, default=0)
         longest = max(map(len, prompts))
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.device)
         seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
@@ -54,12 +56,15 @@ class Target:
             do_sample=False,
             max_new_tokens=tokens,
             pad_token_id=pad,
-            eos_token_id=end,
+            eos_token_id=sorted(ends) or None,
             # A model's own generation settings may say otherwise.
             repetition_penalty=1.0,
             temperature=None,
             top_p=None,
             top_k=None,
         )
-        answers = [row[: row.index(end) + 1] if end in row else row for row in output[:, longest:].tolist()]
+        answers = []
+        for row in output[:, longest:].tolist():
+            stop = next((i for i, token in enumerate(row) if token in ends), len(row))
+            answers.append(row[: stop + 1])
         return [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
