@@ -169,12 +169,20 @@ def test_padding_on_the_right_changes_nothing():
 
 def test_passes_feed_back_no_gradient():
     model, e, f = drafter("fspad"), torch.randn(1, 6, 32), torch.randn(1, 6, 32)
+
+    def gradient(p):
+        (found,) = torch.autograd.grad(p.sum(), [model.fc.fc.weight], retain_graph=True)
+        return found
+
+    (_, (chained, _)) = model.chain(e, f, 2)
     past = Past()
     _, r = model(e, f, past)
-    (_, (p, _)) = model.chain(e, f, 2)
-    (gradient,) = torch.autograd.grad(p.sum(), [model.fc.fc.weight], retain_graph=True)
-    assert gradient.abs().sum() > 0
-    assert r.requires_grad
+    fed = torch.nn.functional.pad(r, (0, 0, 1, 0))[:, :-1]
+    through, _ = model(e, fed, Past(list(past.keys), list(past.values)))
+    constant, _ = model(e, fed.detach(), past)
+    found = gradient(chained)
+    torch.testing.assert_close(found, gradient(constant))
+    assert (found - gradient(through)).abs().max() > 1e-3 * found.abs().max()
 
 
 # Checkpoints -----------------------------------------------------------------------------------------------------
@@ -210,6 +218,15 @@ def test_a_published_checkpoint_says_its_variant_by_its_tensors(variant, tmp_pat
     extra = {"embed_tokens.weight": torch.zeros(50, 32), "layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
     folder = write(model, tmp_path / "d", published(model), **extra)
     assert read(folder) == model.config
+
+
+@pytest.mark.parametrize("name", ["type", "rope_type"])
+def test_older_configs_say_the_scaling_of_rope_otherwise(name, tmp_path):
+    model = drafter("griffin")
+    config = {key: value for key, value in published(model).items() if key != "rope_parameters"}
+    config |= {"rope_theta": 5e5, "rope_scaling": {name: "linear", "factor": 4.0}}
+    found = read(write(model, tmp_path / "d", config))
+    assert found.rope_parameters == {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}
 
 
 def test_published_names_are_these():

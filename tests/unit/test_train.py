@@ -11,14 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from vllm_align_spec import cli, lab
 from vllm_align_spec.drafters.config import read as read_drafter
 from vllm_align_spec.train import acceptance, data, features, losses
+from vllm_align_spec.train.answers import prompt as asking
 from vllm_align_spec.train.config import TrainConfig
 from vllm_align_spec.train.loop import DivergedError, _Run, train
+from vllm_align_spec.train.target import Target
 
 unhurried = settings(deadline=None, max_examples=40)
 
@@ -55,6 +57,7 @@ BAD = [
     '{"messages": "no list"}',
     '{"conversations": [{"from": "gpt"}]}',
     '{"messages": null}',
+    '{"messages": [{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "x"}]}',
 ]
 
 
@@ -81,7 +84,9 @@ def test_bad_lines_are_counted_and_named_and_do_no_harm(tmp_path):
 )
 def test_whatever_stands_in_a_line_is_a_conversation_or_a_complaint(line):
     with contextlib.suppress(data.BadLineError):
-        assert any(m["role"] == "assistant" for m in data.messages_of(line))
+        found = data.messages_of(line)
+        assert any(m["role"] == "assistant" for m in found)
+        json.dumps(found, ensure_ascii=False).encode()
 
 
 words = st.text(st.sampled_from("ab c\n<|>é"), min_size=1, max_size=20)
@@ -105,6 +110,46 @@ def test_a_conversation_that_is_cut_before_anybody_answers_is_left_out(tokenizer
     messages = [{"role": "user", "content": "long " * 50}, {"role": "assistant", "content": "b"}]
     with pytest.raises(data.BadLineError, match="nothing of the assistant"):
         data.encode(messages, tokenizer, 20)
+
+
+def test_what_cannot_be_answered_is_a_bad_line_and_not_the_end(tokenizer):
+    user = [{"role": "user", "content": "a b c"}]
+    ids = asking(user, tokenizer, 100)
+    assert ids == tokenizer.apply_chat_template(user, add_generation_prompt=True, return_dict=False)
+    assert asking(user, tokenizer, len(ids) + 1) == ids
+    with pytest.raises(data.BadLineError, match=f"{len(ids)} tokens, and the target's context {len(ids)}"):
+        asking(user, tokenizer, len(ids))
+    with pytest.raises(data.BadLineError, match="begins with an answer"):
+        asking([], tokenizer, 100)
+    with pytest.raises(data.BadLineError, match="template refuses"):
+        asking([{"role": "user"}], tokenizer, 100)
+
+
+@pytest.mark.slow
+def test_the_target_answers_what_can_be_answered(tmp_path):
+    def chat(*turns):
+        roles = ("user", "assistant")
+        return json.dumps({"messages": [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]})
+
+    lines = [
+        chat("Say something.", "x", "And more?", "y", "Nobody answers this."),
+        json.dumps({"conversations": [{"from": "gpt", "value": "I begin."}, {"from": "human", "value": "?"}]}),
+        chat("word " * 3000, "x"),
+        chat("Say something.", "x", "word " * 3000, "y"),
+        "{",
+    ]
+    (tmp_path / "asked.jsonl").write_text("\n".join(lines) + "\n")
+    command = [sys.executable, "-m", "vllm_align_spec.cli", "train", "answers", "--target", str(lab.model_path("base"))]
+    command += ["--data", str(tmp_path / "asked.jsonl"), "--out", str(tmp_path / "new" / "o.jsonl")]
+    done = subprocess.run([*command, "--max-tokens", "200"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 conversations, 3 lines left out" in done.stdout
+    for told in ("begins with an answer", "tokens, and the target's context 1024", "no JSON"):
+        assert told in done.stderr
+    written = [json.loads(line)["messages"] for line in (tmp_path / "new" / "o.jsonl").read_text().splitlines()]
+    roles = sorted([message["role"] for message in messages] for messages in written)
+    assert roles == [["user", "assistant"], ["user", "assistant"] * 2]
+    assert all(message["content"] not in "xy" for messages in written for message in messages)
 
 
 def test_the_last_row_has_no_next_token_and_padding_no_row(tokenizer):
@@ -227,18 +272,19 @@ def config(trained, out, **changes):
 
 
 def test_offline_acceptance_is_what_drafting_step_by_step_accepts(trained, tmp_path):
-    """Against a loop that drafts chains token by token, as an engine does, with a lucky drafter: the untrained one
-    whose head is nearly the target's, so that some drafts are right."""
-    run = _Run(config(trained, tmp_path / "o", evaluate_tokens=12), console=_silent())
-    told = run._continuations()
+    """Against a loop that drafts chains token by token, as an engine does. What the target says next is made a function
+    of the latest token alone, and what the drafter says that function, somewhat blurred: some drafts are right."""
+    run = _Run(config(trained, tmp_path / "o", evaluate_tokens=12, evaluate_prompts=6), console=_silent())
     drafter, target, drafts = run.drafter.eval(), run.target, 3
-    # Drafts that are right now and then: what follows is a function of the token, as far as it can be.
-    for name, parameter in drafter.named_parameters():
+    for name, parameter in (*drafter.named_parameters(), *target.model.named_parameters()):
         if "down_proj" in name or "o_proj" in name:
             parameter.data.zero_()
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        drafter.fc.fc.weight.copy_(torch.cat([torch.eye(32) * 0.2, torch.eye(32)], 1))
+        blur = torch.randn(32, 32, generator=generator) * 0.03
+        drafter.fc.fc.weight.copy_(torch.cat([torch.eye(32) + blur, torch.zeros(32, 32)], 1))
         drafter.fc.fc.bias.zero_()
+    told = run._continuations()
     found = acceptance.measure(drafter, target, told, drafts)
 
     steps, produced = [], 0
@@ -262,6 +308,7 @@ def test_offline_acceptance_is_what_drafting_step_by_step_accepts(trained, tmp_p
                 f_rows = torch.cat([f_rows, r[:, -1:]], 1)
             steps.append(accepted)
             at += accepted + 1
+    assert 0 < sum(steps) < drafts * len(steps)
     assert found.forwards == len(steps)
     assert found.tokens == produced
     assert found.accepted == pytest.approx([sum(n > j for n in steps) / len(steps) for j in range(drafts)])
@@ -349,6 +396,22 @@ def test_a_full_disk_ends_caching_and_not_training(trained, tmp_path, monkeypatc
     assert not list((tmp_path / "features").glob("*.safetensors"))
 
 
+def test_features_leave_checkpoints_the_room_they_need(trained, tmp_path, monkeypatch, caplog):
+    usage = features.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    train(config(trained, tmp_path / "run", feature_cache=tmp_path / "features"), console=_silent())
+    assert "No more features are cached: 100,000 bytes are free" in caplog.text
+    assert not list((tmp_path / "features").glob("*.safetensors"))
+
+
+def test_a_target_that_differs_in_one_layer_has_features_of_its_own(trained):
+    model = LlamaForCausalLM.from_pretrained(trained)
+    before = features.identity(model, "float32", [])
+    assert features.identity(model, "float32", []) == before
+    model.model.layers[0].self_attn.q_proj.weight.data += 1e-3
+    assert features.identity(model, "float32", [])["target"] != before["target"]
+
+
 def test_features_of_something_else_are_refused_by_name(trained, tmp_path):
     options = {"feature_cache": tmp_path / "features", "max_steps": 1}
     train(config(trained, tmp_path / "one", **options), console=_silent())
@@ -362,6 +425,58 @@ def test_a_run_that_was_begun_otherwise_is_not_resumed(trained, tmp_path):
         train(config(trained, tmp_path, resume=True, learning_rate=2e-3), console=_silent())
     with pytest.raises(ValueError, match="--resume"):
         train(config(trained, tmp_path), console=_silent())
+
+
+def test_a_run_is_resumed_with_its_own_data_and_workers(trained, tmp_path):
+    files = tmp_path / "data.jsonl", tmp_path / "out"
+    lines = (trained / "data.jsonl").read_text().splitlines(keepends=True)
+    files[0].write_text("".join(lines))
+    options = config(trained, files[1], max_steps=3, data=(files[0],))
+    train(options, console=_silent())
+    files[0].write_text("".join(lines + lines[:20]))
+    again = options.model_copy(update={"resume": True})
+    with pytest.raises(ValueError, match="do not have the conversations"):
+        train(again, console=_silent())
+    files[0].write_text("".join(lines))
+    state = files[1] / "last" / "state.json"
+    told = json.loads(state.read_text())
+    state.write_text(json.dumps({**told, "workers": 2}))
+    with pytest.raises(ValueError, match="2 workers began the run"):
+        train(again, console=_silent())
+
+
+def test_training_goes_on_from_a_published_checkpoint(trained, tmp_path):
+    options = {"variant": "griffin", "max_steps": 1}
+    train(config(trained, tmp_path / "one", **options), console=_silent())
+    file = tmp_path / "one" / "model.safetensors"
+    sizes = read_drafter(tmp_path / "one")
+    extra = {
+        "layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(sizes.head_dim // 2),
+        "embed_tokens.weight": torch.zeros(sizes.vocab_size, sizes.hidden_size),
+    }
+    save_file({**load_file(file), **extra}, file)
+    train(config(trained, tmp_path / "two", start_from=tmp_path / "one", **options), console=_silent())
+    assert weights(tmp_path / "two").keys() == sizes.tensors().keys()
+
+
+def test_what_was_logged_after_the_checkpoint_is_logged_once(trained, tmp_path):
+    train(config(trained, tmp_path, max_steps=3), console=_silent())
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 4, "loss": 1.0}\n')  # and then the machine stopped
+    train(config(trained, tmp_path, resume=True), console=_silent())
+    assert len(logged(tmp_path, "loss")) == 6
+
+
+def test_an_answer_ends_where_an_engine_would_end_it(trained):
+    """Also at the ids of the generation config, of which the tokenizer knows but one."""
+    target = Target(str(trained), "float32", torch.device("cpu"))
+    prompt = target.tokenizer("one two")["input_ids"]
+    (whole,) = target.greedy([prompt], 12)
+    assert len(whole) == len(prompt) + 12
+    end = whole[len(prompt) + 3]
+    target.model.generation_config.eos_token_id = [end, target.tokenizer.eos_token_id]
+    (ended,) = target.greedy([prompt], 12)
+    assert ended == whole[: whole.index(end, len(prompt)) + 1]
 
 
 def test_accumulated_batches_are_one_batch(trained, tmp_path):

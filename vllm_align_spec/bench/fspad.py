@@ -4,9 +4,10 @@ All drafters were trained alike (``lab drafters``), but for GRIFFIN's second sta
 prompts, greedily, in the real engine. *Tokens per forward* counts every forward pass of the target, the prompt's and
 those that had no drafts included. The draft length of each drafter is chosen on every second prompt and its figure
 taken from the others; ratios are paired by prompt. Speed is tokens per second of the same answers to their end, each
-round timed right before or after plain decoding of its prompts. The best drafter is timed once more at its fastest draft
-length, on other prompts, also with both models compiled, as a server has them if it is not told otherwise. Drafters of
-other training seeds (``--other-seeds``) are counted at the draft lengths that were chosen for the shipped ones.
+round timed right before or after plain decoding of its prompts. The best drafter is timed once more at its fastest
+draft length, on other prompts, also with both models compiled, as a server has them if it is not told otherwise.
+Drafters of other training seeds (``--other-seeds``) are counted at the draft lengths that were chosen for the shipped
+ones.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ class DrafterModel(nn.Module):
         super().__init__()
         quant = get_draft_quant_config(vllm_config)
         # Layers are named behind the target's, or their caches would be the target's.
-        number = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+        number = vllm_config.model_config.get_total_num_hidden_layers()
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, prefix=maybe_prefix(prefix, "embed_tokens")
         )
