@@ -62,8 +62,10 @@ def messages_of(line: str) -> list[Message]:
             raise BadLineError(
                 f"a message with role {message['role']!r} and content {type(message['content']).__name__}"
             )
-        if any("\ud800" <= letter <= "\udfff" for letter in message["content"]):
-            raise BadLineError("half of a surrogate pair, which is no text")
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError:
+            raise BadLineError("half of a surrogate pair, which is no text") from None
     if not any(message["role"] == "assistant" and message["content"] for message in found):
         raise BadLineError("nobody answers")
     return found
