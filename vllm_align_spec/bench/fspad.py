@@ -323,6 +323,7 @@ def _draw(
         line = right.plot(lengths, speeds(variant, 1), marker="o", label=variant)
         right.plot(lengths, speeds(variant, 8), marker="s", linestyle=":", color=line[0].get_color())
     left.set(xlabel="draft tokens", ylabel="tokens per forward")
+    middle.set_xticks(range(1, longest + 1))
     middle.set(xlabel="position of the draft", ylabel=f"share accepted, {longest} drafts", ylim=(0, 1))
     right.set(xlabel="draft tokens", ylabel="speed / no drafter (dotted: batch 8)")
     right.axhline(1, color="black", linewidth=0.8)
