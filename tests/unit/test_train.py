@@ -150,6 +150,7 @@ def test_the_target_answers_what_can_be_answered(tmp_path):
     roles = sorted([message["role"] for message in messages] for messages in written)
     assert roles == [["user", "assistant"], ["user", "assistant"] * 2]
     assert all(message["content"] not in "xy" for messages in written for message in messages)
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["o.jsonl"]
 
 
 def test_the_last_row_has_no_next_token_and_padding_no_row(tokenizer):
@@ -462,7 +463,7 @@ def test_training_goes_on_from_a_published_checkpoint(trained, tmp_path):
 def test_what_was_logged_after_the_checkpoint_is_logged_once(trained, tmp_path):
     train(config(trained, tmp_path, max_steps=3), console=_silent())
     with (tmp_path / "log.jsonl").open("a") as log:
-        log.write('{"step": 4, "loss": 1.0}\n')  # and then the machine stopped
+        log.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')  # and then the machine stopped
     train(config(trained, tmp_path, resume=True), console=_silent())
     assert len(logged(tmp_path, "loss")) == 6
 

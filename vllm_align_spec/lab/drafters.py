@@ -71,11 +71,10 @@ def write_data(folder: Path, seed: int) -> None:
         lines = (json.dumps({"messages": list(d.messages)}) for d in itertools.islice(documents, count))
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; else the engine asks for nearly all memory there is
-    unfinished = greedy.with_suffix(".part")
     regenerate(
         str(lab.model_path("base")),
         [asked],
-        unfinished,
+        greedy,
         temperature=0.0,
         max_tokens=160,
         seed=seed,
@@ -85,7 +84,6 @@ def write_data(folder: Path, seed: int) -> None:
         enforce_eager=True,
         disable_log_stats=True,
     )
-    unfinished.replace(greedy)
 
 
 def build(

@@ -22,8 +22,9 @@ def regenerate(
 ) -> tuple[int, Complaints]:
     """Writes every conversation with the assistant's messages replaced, turn by turn, by the target's own.
 
-    A conversation is written when it has ended. One that cannot go on (its prompt is longer than the target's context,
-    its template refuses it) ends with its last answer; one without any is left out.
+    A conversation is written when it has ended, into ``out`` with ``.part`` behind its name, which becomes ``out`` when
+    all have: a run that fails loses nothing. One that cannot go on (its prompt is longer than the target's context, its
+    template refuses it) ends with its last answer; one without any is left out.
 
     Args:
         target: model that vLLM serves.
@@ -43,7 +44,8 @@ def regenerate(
     complaints = Complaints()
     conversations = list(read(files, complaints))
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", encoding="utf-8") as file:
+    unfinished = out.with_name(f"{out.name}.part")
+    with unfinished.open("w", encoding="utf-8") as file:
         from vllm import LLM, SamplingParams
 
         engine = LLM(target, **engine_args)
@@ -82,6 +84,7 @@ def regenerate(
                 written[number].append({"role": "assistant", "content": output.outputs[0].text})
                 if output.outputs[0].finish_reason != "stop":
                     left[number].clear()
+    unfinished.replace(out)
     return count, complaints
 
 

@@ -478,7 +478,8 @@ class _Run:
         if self.workers.rank == 0:
             # What was logged after the checkpoint comes again.
             log = (self.out / LOG).read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in log if json.loads(line)["step"] <= state.step]
+            whole = [line for line in log if line.endswith("}\n")]  # the last may have been cut off
+            kept = [line for line in whole if json.loads(line)["step"] <= state.step]
             (self.out / LOG).write_text("".join(kept), encoding="utf-8")
 
     def _curves(self) -> None:
