@@ -427,14 +427,15 @@ def parse_request(extra_args: Mapping[str, Any] | None) -> tuple[RequestOptions,
     parsed: list[RequestOptions] = []
     taken: set[str] = set()
     for cls in METHODS:
+        if cls.method not in ours:
+            continue
         # JSON booleans reach vllm_xargs as integers.
         mine = {k: bool(v) if k in SHARED_KEYS and v in (0, 1) else v for k, v in ours.items() if k in cls.model_fields}
-        if cls.method in mine:
-            try:
-                parsed.append(cls.model_validate(mine))
-            except ValidationError as error:
-                raise OptionError(_explain(error, cls), _at_fault(error, cls)) from None
-            taken.update(mine)
+        try:
+            parsed.append(cls.model_validate(mine))
+        except ValidationError as error:
+            raise OptionError(_explain(error, cls), _at_fault(error, cls)) from None
+        taken.update(mine)
     for key in ours:
         if key in taken:
             continue

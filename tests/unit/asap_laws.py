@@ -6,6 +6,7 @@ import random
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -270,6 +271,41 @@ class Feed:
     first row stands this many tokens further on: 1 where a draft that was an end token was accepted."""
 
 
+def known_rows(requests, width, **fields):
+    """`asap.Known` of so many requests, of which nothing is known but what is given."""
+    rows = requests * width
+    nothing = {
+        "node": np.full((requests, width), -1, np.int32),
+        "offsets": np.zeros(rows + 1, np.int64),
+        "child": np.zeros(0, np.int64),
+        "child_log_c": np.zeros(0),
+        "of_rows": np.stack([np.full((requests, width), x) for x in (0.5, np.finfo(np.float64).min, 0.0)]),
+        "of_requests": np.stack([np.full(requests, x) for x in (1.0, 0.0, 1.0)]),
+        "limits": np.zeros((2, requests, width), np.bool_),
+        "otherwise": np.zeros(requests, np.int64),
+        "ends": np.full((requests, 1), -1),
+        "count": np.full(requests, width),
+    }
+    return asap.Known(**nothing | fields)
+
+
+def thinned(log_h, log_used, first, log_bank, log_coin):
+    """Which rows of one legal token with such a log H survive `asap.decide`, their log rho, log m behind each."""
+    s, width = log_h.shape
+    logits = torch.full((s * width, 8), -INF)
+    logits[:, 0] = 0.0
+    known = known_rows(
+        s,
+        width,
+        of_rows=np.stack([np.full((s, width), 0.5), log_coin.numpy(), log_used.numpy()]),
+        of_requests=np.stack([np.ones(s), log_bank.numpy(), first.double().numpy()]),
+    )
+    index, no_draft = torch.arange(s * width).view(s, width), torch.full((s, width), -1)
+    alive, log_rho, banks = asap.decide(logits, index, -log_h, no_draft, torch.arange(5, 8), known)[6:]
+    assert torch.equal(logits[index].argmax(-1), torch.where(alive > 0, 0, 5))
+    return alive > 0, log_rho, banks
+
+
 class Engine:
     """Calls a processor as `engine.facade` does. ``checked`` holds every row against enumeration.
 
@@ -416,24 +452,23 @@ class Engine:
 
     @contextmanager
     def _watched(self):
-        """What `draw` and `thin` were given and what they said."""
+        """What `decide` was given and what it said."""
         seen = {}
         if not self.checked:
             yield seen
             return
+        inner = asap.decide
 
-        def watch(name):
-            inner = getattr(asap, name)
-
-            def watched(*arguments):
-                seen[name] = inner, arguments, inner(*arguments)
-                return seen[name][2]
-
-            return mock.patch.object(asap, name, watched)
+        def decide(logits, *arguments):
+            given = logits.clone(), *arguments
+            numbers = inner(logits, *arguments)
+            said = SimpleNamespace(**dict(zip(asap.NUMBERS, numbers, strict=True)))
+            seen["decide"] = inner, given, said
+            return numbers
 
         keys = (KEY, OTHER_KEY)
         seen["log_c"] = {key: {u: n[2] for u, n in snapshot(self.processor, key).items()} for key in keys}
-        with watch("draw"), watch("thin"):
+        with mock.patch.object(asap, "decide", decide):
             yield seen
 
     def _check(self, s, feed, tokens, after, before, seen):
@@ -442,8 +477,7 @@ class Engine:
         if feed.drafts is None:
             assert torch.equal(after, before)
             return
-        _, _, drawn = seen["draw"]
-        _, _, (alive, log_rho, _) = seen["thin"]
+        _, _, said = seen["decide"]
         log_c = seen["log_c"][lane.key]
         if lane.out and not self.roomy and self.processor._place["parent"][lane.entry] < 0:
             # There was no room for the row before, so the attempt does not find what others have noted since.
@@ -465,14 +499,14 @@ class Engine:
             fresh = legal.copy()
             fresh[known] = False
             self.expected[lane.key].add(prefix)
-            self._close(drawn.log_h[s, r], log_h)
-            self._close(drawn.log_unvisited[s, r], lse(log_p[fresh]))
+            self._close(said.log_h[s, r], log_h)
+            self._close(said.log_unvisited[s, r], lse(log_p[fresh]))
             d = feed.drafts[r] if r < n - 1 else -1
-            self._close(drawn.draft_log_p[s, r], log_p[d] if d >= 0 and legal[d] else -INF)
+            self._close(said.draft_log_p[s, r], log_p[d] if d >= 0 and legal[d] else -INF)
             first = not prefix
             rho = -INF if log_h == -INF else 0.0 if first else log_h - used
             if used > -INF:  # else the draft that led here cannot be drawn
-                self._close(log_rho[s, r], rho)
+                self._close(said.log_rho[s, r], rho)
                 assert log_h <= self._rounded_up(used, log_p[legal]) + NEAR, "c~ rose"
             if first:
                 lane.log_h0 = log_h
@@ -480,17 +514,17 @@ class Engine:
             u, coin = uniforms(np.array([lane.seed], dtype=np.uint64), counter)
             token, dies = -1, log_h == -INF
             if not dies:
-                token = int(drawn.token[s, r])
+                token = int(said.token[s, r])
                 order = self._order(seen, s, r)
                 cdf = dict(zip(order, np.exp(log_q[order]).cumsum(), strict=True))
                 assert cdf[token] - math.exp(log_q[token]) - NEAR <= u <= cdf[token] + NEAR, (
                     "not the token of its uniform"
                 )
-                self._close(drawn.token_log_p[s, r], log_p[token])
-                assert abs(float(drawn.token_log_h[s, r]) - log_h_of[token]) < 1e-9
+                self._close(said.token_log_p[s, r], log_p[token])
+                assert abs(float(said.token_log_h[s, r]) - log_h_of[token]) < 1e-9
             if lane.mode == "exact" and not dies and used > -INF:
                 margin = lane.log_bank + rho - math.log(coin)
-                dies = not bool(alive[s, r]) if abs(margin) < NEAR else margin < 0
+                dies = not bool(said.alive[s, r]) if abs(margin) < NEAR else margin < 0
             if reached:
                 assert int(tokens[r]) == (int(world.control[Control.ABANDON]) if dies else token)
                 lane.rows += 1
@@ -506,10 +540,9 @@ class Engine:
 
     def _order(self, seen, s, r):
         """Tokens in the order in which a row draws them: visited children as listed, then the others by id."""
-        _, given, _ = seen["draw"]
-        index, offsets, child = given[1], given[9], given[10]
-        i = s * index.shape[1] + r
-        visited = child[int(offsets[i]) : int(offsets[i + 1])].tolist()
+        known = seen["decide"][1][-1]
+        i = s * known.node.shape[1] + r
+        visited = known.child[known.offsets[i] : known.offsets[i + 1]].tolist()
         return [*visited, *(a for a in range(self.world.vocab) if a not in visited)]
 
     @staticmethod
@@ -522,21 +555,20 @@ class Engine:
         assert float(found) == wanted or abs(float(found) - wanted) < NEAR, (float(found), wanted)
 
     def _sweep(self, s, lane, feed, seen):
-        """The row law, by asking `draw` and `thin` themselves what they do at the ends of every interval.
+        """The row law, by asking `decide` itself what it does at the ends of every interval.
 
         rho * q(a) * h_used = P(a|u) h(ua) at each row that stands behind legal drafts.
         """
         world, log_c, delta = self.world, seen["view"], 1e-6
         lane_before = dict(zip(Lane.BELIEFS, lane.before, strict=True))
-        inner, given, _ = seen["draw"]
-        _, index, unmasked, inverse, _, draft, ends, only, no, offsets, child, child_log_c = given
+        inner, (_, _, unmasked, draft, control, known), said = seen["decide"]
         prefix, used = lane_before["out"], lane_before["log_used"]
-        width = index.shape[1]
+        width = known.node.shape[1]
         for r in range(len(feed.drafts) + 1):
             log_h, log_q, log_h_of = world.believed(prefix, log_c)
             if log_h > -INF:
                 q = np.exp(log_q)
-                of_row = slice(int(offsets[s * width + r]), int(offsets[s * width + r + 1]))
+                of_row = slice(known.offsets[s * width + r], known.offsets[s * width + r + 1])
                 order = self._order(seen, s, r)
                 wide = [a for a in order if q[a] > 4 * delta]
                 cdf = dict(zip(order, q[order].cumsum(), strict=True))
@@ -544,20 +576,28 @@ class Engine:
                 k = len(u)
                 m = of_row.stop - of_row.start
 
-                def spread(t, at, k=k):
-                    return t[at].reshape(1, -1).repeat(k, 1)
-
-                ranges = torch.arange(k + 1, device=self.device) * m
-                found = inner(
-                    logits_before(world, prefix, self.device), torch.zeros(k, 1, dtype=torch.int64, device=self.device),
-                    spread(unmasked, (s, r)), spread(inverse, s)[:, 0], torch.tensor(u, device=self.device)[:, None],
-                    spread(draft, (s, r)), ends[s].expand(k, -1), spread(only, (s, r)), spread(no, (s, r)),
-                    ranges, child[of_row].repeat(k), child_log_c[of_row].repeat(k),
-                )  # fmt: skip
-                assert found.token[:, 0].tolist() == [a for a in wide for _ in range(2)]
+                lowest = np.finfo(np.float64).min
+                numbers = inner(
+                    logits_before(world, prefix, self.device).repeat(k, 1),
+                    torch.arange(k, device=self.device)[:, None],
+                    unmasked[s, r].expand(k, 1),
+                    draft[s, r].expand(k, 1),
+                    control,
+                    known_rows(
+                        k,
+                        1,
+                        offsets=np.arange(k + 1) * m,
+                        child=np.tile(known.child[of_row], k),
+                        child_log_c=np.tile(known.child_log_c[of_row], k),
+                        of_rows=np.stack([u, np.full(k, lowest), np.zeros(k)])[..., None],
+                        of_requests=np.stack([np.full(k, known.of_requests[0, s]), np.zeros(k), np.ones(k)]),
+                        limits=known.limits[:, s, r, None, None].repeat(k, 1),
+                        ends=np.tile(known.ends[s], (k, 1)),
+                    ),
+                )
+                assert numbers[2, :, 0].tolist() == [a for a in wide for _ in range(2)]
                 if prefix and used > -INF:
-                    _, _, (_, log_rho, _) = seen["thin"]
-                    rho, p = math.exp(float(log_rho[s, r])), np.exp(world.log_p(prefix))
+                    rho, p = math.exp(float(said.log_rho[s, r])), np.exp(world.log_p(prefix))
                     assert np.abs(rho * q * math.exp(used) - p * np.exp(log_h_of)).max() < 1e-6
             d = feed.drafts[r] if r < len(feed.drafts) else -1
             if d < 0 or not world.legal(prefix)[d] or d in world.ends:
@@ -567,11 +607,14 @@ class Engine:
     @staticmethod
     def _sweep_coins(seen):
         """A row survives up to m rho, neither sooner nor later."""
-        inner, (log_h, log_used, first, log_bank, _), (_, log_rho, banks) = seen["thin"]
-        threshold = torch.cat([log_bank[:, None], banks[:, :-1]], 1) + log_rho
-        counts = threshold.isfinite()
+        inner, (logits, *given, known), said = seen["decide"]
+        log_bank, log_rho, banks = known.of_requests[1], said.log_rho.cpu().numpy(), said.log_bank.cpu().numpy()
+        threshold = np.concatenate([log_bank[:, None], banks[:, :-1]], 1) + log_rho
+        counts = np.isfinite(threshold) & (np.arange(threshold.shape[1]) < known.count[:, None])
         for step, lives in ((-1e-9, True), (1e-9, False)):
-            alive, _, _ = inner(log_h, log_used, first, log_bank, threshold + step)
+            of_rows = known.of_rows.copy()
+            of_rows[1] = threshold + step
+            alive = inner(logits.clone(), *given, known._replace(of_rows=of_rows))[6].cpu().numpy()
             assert (alive[counts] == lives).all()
 
     # The tries --------------------------------------------------------------------------------------------------

@@ -11,10 +11,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from asap_laws import KEY, OTHER_KEY, AsapLaws, Engine, Feed, World, Written, assert_same_snapshot, snapshot, uniforms
+from asap_laws import (
+    KEY,
+    OTHER_KEY,
+    AsapLaws,
+    Engine,
+    Feed,
+    World,
+    Written,
+    assert_same_snapshot,
+    snapshot,
+    thinned,
+    uniforms,
+)
 
 from vllm_align_spec.options import AsapEngineOptions, EngineOptions
-from vllm_align_spec.processors.asap import AsapProcessor, thin
+from vllm_align_spec.processors.asap import AsapProcessor
 from vllm_align_spec.processors.rows import Layout
 
 
@@ -246,10 +258,9 @@ def test_a_ratio_above_one_is_banked_for_the_rows_that_follow_and_no_longer():
     """Rounding makes them; without the bank, what it adds to a response's probability would be lost."""
 
     def ask(ratios, bank, coins, first=False):
-        used = torch.zeros(1, len(ratios), dtype=torch.float64)
-        alive, _, banks = thin(
+        alive, _, banks = thinned(
             torch.tensor([ratios], dtype=torch.float64).log(),
-            used,
+            torch.zeros(1, len(ratios), dtype=torch.float64),
             torch.tensor([first]),
             torch.tensor([bank], dtype=torch.float64).log(),
             torch.tensor([coins], dtype=torch.float64).log(),

@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -107,15 +108,14 @@ def test_compiled_weights_are_exponentials():
     from vllm_align_spec.processors import loops
 
     rng = np.random.default_rng(0)
-    power = np.empty(loops._BLOCK, np.int32)
     for n in (1, 2, 15, 17, 100, 255, 256):
         for scale in (0.05, 1.0, 7.0):
             x = np.concatenate([rng.uniform(-86 / scale, 0, n), [0.0]]).astype(np.float32)[-n:] + np.float32(3.0)
             x[rng.random(n) < 0.2] = -np.inf
             weights = np.full(n, np.nan, np.float32)
-            top = np.float32(loops._top(x, np.empty(loops._LANES, np.float32)))
+            top = np.float32(loops._top(x))
             assert top == (x.max() if np.isfinite(x).any() else np.finfo(np.float32).min)
-            total = loops._weigh(x, top, np.float32(scale), weights, power)
+            total = loops._weigh(x, top, np.float32(scale), weights)
             # What float32 makes of the exponent is not the function's.
             exponent = (x - top) * (np.float32(scale) * np.float32(1 / np.log(2)))
             expected = np.exp2(exponent.astype(np.float64))
@@ -125,13 +125,15 @@ def test_compiled_weights_are_exponentials():
             assert abs(total - expected.sum()) <= 1e-6 * expected.sum()
     deep = np.array([0, -88, -126 * np.log(2) - 0.4, -1e4, -np.inf], np.float32)
     weights = np.empty(5, np.float32)
-    loops._weigh(deep, np.float32(0), np.float32(1), weights, power)
+    loops._weigh(deep, np.float32(0), np.float32(1), weights)
     assert weights[0] == 1
     assert weights[1:].tolist() == [0, 0, 0, 0]
 
 
 def test_thinning_is_the_same_on_both_devices():
-    from vllm_align_spec.processors import kernels, loops
+    from asap_laws import thinned
+
+    from vllm_align_spec.processors import kernels
 
     torch.manual_seed(0)
     for s, width in ((1, 1), (64, 1), (40, 5)):
@@ -144,28 +146,29 @@ def test_thinning_is_the_same_on_both_devices():
         log_coin[torch.rand(s, width) < 0.2] = torch.finfo(torch.float64).min
         log_coin[torch.rand(s, width) < 0.2] = INF
         given = (log_h, log_used, first, log_bank, log_coin)
-        for found, expected in zip(loops.thin(*given), kernels.thin(*given), strict=True):
+        for found, expected in zip(thinned(*given), kernels.thin(*given), strict=True):
             assert torch.equal(found, expected)
 
 
 def test_a_nan_in_a_row_is_a_dead_end_and_no_certainty():
     """Also where the grammar masks it after the normaliser was taken; and what failed survives nothing."""
-    from vllm_align_spec.processors import asap, kernels, loops, rows
+    from asap_laws import known_rows, thinned
+
+    from vllm_align_spec.processors import asap, kernels, rows
 
     logits = torch.zeros(2, 300)
     logits[:, 7] = float("nan")
-    one = torch.ones(2)
-    unmasked = rows.row_logsumexp(logits, torch.arange(2), one)
+    unmasked = rows.row_logsumexp(logits, torch.arange(2), torch.ones(2))
     logits[0, 7] = -INF
-    no, none = torch.zeros(2, 1, dtype=torch.bool), torch.full((2, 1), -1)
-    drawn = asap.draw(
-        logits, torch.arange(2)[:, None], unmasked[:, None], one.double(), one.double()[:, None] / 2, none,
-        none, no, no, torch.zeros(3, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0).double(),
+    none = torch.full((2, 1), -1)
+    numbers = asap.decide(
+        logits, torch.arange(2)[:, None], unmasked[:, None], none, torch.arange(3), known_rows(2, 1)
     )  # fmt: skip
-    assert (drawn.log_h <= 1e-6).all()
+    assert (numbers[0] <= 1e-6).all()
+    assert not logits.isnan().any()
     for log_h in (-1.0, INF):
-        given = torch.full((1, 1), log_h).double(), torch.zeros(1, 1).double(), no[0], torch.zeros(1).double()
-        for thin in (loops.thin, kernels.thin):
+        given = torch.full((1, 1), log_h).double(), torch.zeros(1, 1).double(), none[0] > 0, torch.zeros(1).double()
+        for thin in (thinned, kernels.thin):
             assert not thin(*given, torch.full((1, 1), INF).double())[0].any()
 
 
@@ -188,7 +191,7 @@ def test_row_entropy_equals_torch():
 
 
 def random_step(vocab_size):
-    """Arguments of `asap.draw`: masks, ends, temperatures, drafts and children of all kinds, lines that are shared."""
+    """Arguments of `kernels.asap_draw`: all kinds of masks, ends, temperatures, drafts, children, and shared lines."""
     s, width, lines = 4, 4, 9
     logits = 4 * torch.randn(lines, vocab_size)
     inverse_temperature = torch.tensor([1.0, 0.4, 3.0, 1.7], dtype=torch.float64)
@@ -250,14 +253,51 @@ def law(step):
     return log_p, log_h
 
 
+def known_of(step, count, **fields):
+    """The same as `asap.Known`."""
+    import numpy as np
+    from asap_laws import known_rows
+
+    s, width = step["index"].shape
+    lowest, nothing = np.full((s, width), np.finfo(np.float64).min), np.zeros((s, width))
+    given = {
+        "offsets": step["offsets"].numpy(),
+        "child": step["child"].numpy(),
+        "child_log_c": step["child_log_c"].numpy(),
+        "of_rows": np.stack([step["uniform"].numpy(), lowest, nothing]),
+        "of_requests": np.stack([step["inverse_temperature"].numpy(), np.zeros(s), np.ones(s)]),
+        "limits": torch.stack([step["only_ends"], step["no_ends"]]).numpy(),
+        "ends": step["ends"].numpy(),
+        "count": count,
+    }
+    return known_rows(s, width, **given | fields)
+
+
+def on_a_cpu(step):
+    """What `asap.decide` says of it, each row in a line of its own."""
+    import numpy as np
+
+    from vllm_align_spec.processors import asap
+
+    s, width = step["index"].shape
+    logits = step["logits"][step["index"].reshape(-1)]
+    index, known = torch.arange(s * width).view(s, width), known_of(step, np.full(s, width))
+    numbers = asap.decide(logits, index, step["unmasked"], step["draft"], torch.arange(3), known)
+    alive = numbers[6].reshape(-1) > 0
+    assert torch.equal(alive, numbers[0].reshape(-1) > -INF)
+    expected = torch.where(alive, numbers[2].reshape(-1).long(), 0)  # that of the first control id
+    assert torch.equal(logits, torch.full_like(logits, -INF).scatter(1, expected[:, None], 0.0))
+    return SimpleNamespace(**dict(zip(asap.NUMBERS, numbers, strict=True)))
+
+
 def check_draw(step):
-    """The kernels say what `asap.draw` says of a step on the CPU, up to the token, which has to be a legal one."""
+    """The kernels say what `asap.decide` says of a step on the CPU, up to the token, which has to be a legal one."""
     from vllm_align_spec.processors import asap, kernels
 
     before = step["logits"].clone()
-    found = asap.Drawn(*kernels.asap_draw(**step))
+    found = SimpleNamespace(**dict(zip(asap.NUMBERS, kernels.asap_draw(**step), strict=False)))
     assert torch.equal(step["logits"], before)
-    expected = asap.draw(**step)
+    expected = on_a_cpu(step)
     for name, value in vars(found).items():
         assert value.shape == step["index"].shape, name
         assert not value.isnan().any(), name
@@ -336,16 +376,79 @@ def test_asap_draw_leaves_out_visited_children_exactly():
 
 
 def test_end_tokens_outside_of_the_vocabulary_touch_nothing():
-    from vllm_align_spec.processors import asap
-
     step = random_step(16)
     step |= {"ends": torch.full((4, 2), 16 + 2**20), "no_ends": torch.zeros(4, 4, dtype=torch.bool)}
     step["only_ends"] = ~step["no_ends"]
-    assert (asap.draw(**step).log_h == -INF).all()
+    assert (on_a_cpu(step).log_h == -INF).all()
     step |= {"only_ends": step["no_ends"], "no_ends": step["only_ends"]}
-    with_ends = asap.draw(**step)
+    with_ends = on_a_cpu(step)
     step["no_ends"] = step["only_ends"]
-    assert torch.equal(asap.draw(**step).log_h, with_ends.log_h)
+    assert torch.equal(on_a_cpu(step).log_h, with_ends.log_h)
+
+
+@in_a_process(interpreted=True)
+def test_deciding_forces_and_tells_the_same_on_both_devices():
+    """Requests with fewer rows than the widest, with none, and rows that do not survive."""
+    import numpy as np
+
+    from vllm_align_spec.processors import kernels, loops
+
+    torch.manual_seed(2)
+    step = random_step(300)
+    # Each row has a line of its own, as long as it counts.
+    step["logits"] = step["logits"][step["index"].reshape(-1)]
+    count, control = np.array([4, 1, 0, 3]), torch.tensor([3, 200, 7])
+    step["index"] = torch.arange(16).view(4, 4)[:, :1] + torch.arange(4).minimum(
+        torch.tensor(count - 1)[:, None].clamp(min=0)
+    )
+    coins = np.where(np.arange(16).reshape(4, 4) % 3 == 1, np.inf, np.finfo(np.float64).min)
+    known = known_of(
+        step,
+        count,
+        of_rows=np.stack([step["uniform"].numpy(), coins, np.full((4, 4), -0.5)]),
+        of_requests=np.stack([step["inverse_temperature"].numpy(), np.full(4, 0.25), np.array([1.0, 0.0, 0.0, 0.0])]),
+        otherwise=np.array([0, 1, 2, 1]),
+    )
+    before = step["logits"].clone()
+    decided = {}
+    for name, decide in (("gpu", kernels.asap_decide), ("cpu", loops.asap_decide)):
+        logits = before.clone()
+        numbers = decide(logits, step["index"], step["unmasked"], step["draft"], control, known)
+        assert numbers.dtype == torch.float64
+        decided[name] = logits, numbers
+    counts = torch.arange(4) < torch.tensor(count)[:, None]
+    (_, found), (_, expected) = decided["gpu"], decided["cpu"]
+    assert found.shape == expected.shape == (9, 4, 4)
+    for which in (0, 1, 5, 6, 7, 8):
+        assert_close(found[which][counts], expected[which][counts], 1e-4, which)
+    alive = expected[6] > 0
+    assert 0 < alive[counts].sum() < counts.sum()
+    for logits, numbers in decided.values():
+        token = torch.where(alive, numbers[2].long(), control[torch.tensor(known.otherwise)][:, None])
+        expected = before.clone()
+        expected[step["index"][counts]] = -INF
+        expected[step["index"][counts], token[counts]] = 0.0
+        assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_deciding_writes_where_the_logits_are(dtype):
+    """Also in a part of longer lines (a padded vocabulary), which other methods see next."""
+    import numpy as np
+
+    from vllm_align_spec.processors import loops
+
+    step = random_step(100)
+    own = step["logits"][step["index"].reshape(-1)]
+    index, given = torch.arange(16).view(4, 4), (step["unmasked"], step["draft"], torch.arange(3))
+    known = known_of(step, np.full(4, 4))
+    expected = own.clone()
+    numbers = loops.asap_decide(expected, index, *given, known)
+    padded = torch.full((16, 130), 5.0, dtype=dtype)
+    padded[:, :100] = own
+    assert torch.equal(loops.asap_decide(padded[:, :100], index, *given, known), numbers)
+    assert torch.equal(padded[:, :100], expected.to(dtype))
+    assert (padded[:, 100:] == 5).all()
 
 
 @in_a_process(interpreted=True)

@@ -210,29 +210,23 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def device_clock() -> Iterator[list[float]]:
-    """Seconds of every call of the processor's device functions, as they come."""
+    """Seconds of every call of the processor's device function, as they come."""
     from vllm_align_spec.processors import asap
 
     spent: list[float] = []
+    decide = asap.decide
 
-    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            began = time.perf_counter()
-            found = function(*args)
-            spent.append(time.perf_counter() - began)
-            return found
+    def timed(*args: Any) -> Any:
+        began = time.perf_counter()
+        found = decide(*args)
+        spent.append(time.perf_counter() - began)
+        return found
 
-        return call
-
-    names = ("draw", "thin", "force")
-    kept = {name: getattr(asap, name) for name in names}
     try:
-        for name in names:
-            setattr(asap, name, timed(kept[name]))
+        asap.decide = timed
         yield spent
     finally:
-        for name in names:
-            setattr(asap, name, kept[name])
+        asap.decide = decide
 
 
 def vllm_sampling(logits: Any, fused: bool) -> float:

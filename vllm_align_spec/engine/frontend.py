@@ -497,6 +497,9 @@ class _Verified(SamplingParams):
     def verify(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is left to find."""
 
+    def _verify_args(self) -> None:
+        """As above; vLLM calls it of every new object."""
+
 
 class _Choice:
     """One of a request's ``n`` choices; also the engine as its strategy sees it."""

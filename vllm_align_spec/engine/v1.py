@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from vllm_align_spec.processors.rows import Rows, send
+from vllm_align_spec.processors.rows import Rows, send, take
 
 if TYPE_CHECKING:
     from vllm_align_spec.engine.facade import AlignSpecLogitsProcessor
@@ -75,14 +75,16 @@ def before_mask(scheduler_output: Any, input_batch: Any, logits: torch.Tensor) -
     if facade is None or not facade.busy:
         return
     with facade.guard():
-        wanted = facade.of_grammar(slice(input_batch.num_reqs))
-        if wanted.any():
+        wanted = np.flatnonzero(facade.of_grammar(slice(input_batch.num_reqs)))
+        if wanted.size:
             drafts = scheduler_output.scheduled_spec_decode_tokens
-            count = np.array([1 + len(drafts.get(i, ())) for i in input_batch.req_ids])
-            first = np.cumsum(count) - count
-            slot = np.repeat(np.flatnonzero(wanted), count[wanted])
-            r = np.arange(len(slot)) - np.repeat(np.cumsum(count[wanted]) - count[wanted], count[wanted])
-            facade.before_mask(logits, send(first[slot] + r, logits.device), slot, send(r, logits.device))
+            first, slot, r = np.arange(input_batch.num_reqs), wanted, np.zeros_like(wanted)
+            if drafts:
+                count = np.array([1 + len(drafts.get(i, ())) for i in input_batch.req_ids])
+                first, count = np.cumsum(count) - count, count[wanted]
+                slot = np.repeat(wanted, count)
+                r = np.arange(len(slot)) - np.repeat(np.cumsum(count) - count, count)
+            facade.before_mask(logits, first[slot] + r, slot, r)
 
 
 def before_sample(runner: Any, logits: torch.Tensor | None, metadata: Any) -> None:
@@ -113,50 +115,37 @@ class _Mine(NamedTuple):
     processor: Processor
     slots: np.ndarray[Any, Any]  # [S]
     entries: np.ndarray[Any, Any]  # [S]
-    # [S] each, as in `Rows`
-    picked: torch.Tensor  # `slots` on the device
-    entry: torch.Tensor
-    position: torch.Tensor
-    kept: torch.Tensor
+    position: torch.Tensor  # [S], as in `Rows`
 
 
 def _show(facade: AlignSpecLogitsProcessor, runner: Any, logits: torch.Tensor, metadata: Any) -> torch.Tensor | None:
     num_reqs = runner.input_batch.num_reqs
-    everyone = slice(num_reqs)
-    wanted = [(one, slots) for one in facade.processors if (slots := facade.slots_of(one, everyone)).size]
-    if not wanted:
-        return None
     device = logits.device
-    if metadata is None:
-        first = np.arange(num_reqs)
-        drafts = first_draft = np.zeros(num_reqs, np.int64)
-        fed = runner.query_start_loc.gpu[1 : num_reqs + 1] - 1
-    else:
-        # Line of each request's first row, and of its first draft among all drafts.
-        drafts = np.asarray(metadata.num_draft_tokens, np.int64)
-        first = np.cumsum(drafts + 1) - (drafts + 1)
-        first_draft = np.cumsum(drafts) - drafts
-        fed = metadata.logits_indices[send(first, device)]
-    position = runner.positions[fed].long()
-    kept = ~runner.discard_request_mask.gpu[:num_reqs]
-
-    def pick(processor: Processor, slots: np.ndarray[Any, Any]) -> _Mine:
-        picked, entries = send(slots, device), facade.entries(slots)
-        return _Mine(processor, slots, entries, picked, send(entries, device), position[picked], kept[picked])
+    drafts = np.zeros(num_reqs, np.int64) if metadata is None else np.asarray(metadata.num_draft_tokens, np.int64)
+    # Where among the step's inputs the token stands that was fed at each request's first row.
+    fed = runner.query_start_loc.np[1 : num_reqs + 1] - drafts - 1
+    kept = ~runner.discard_request_mask.np[:num_reqs]
 
     active: list[_Mine] = []
-    for processor, slots in wanted:
-        mine = pick(processor, slots)
-        facade.observe(processor, slots, mine.entry, mine.position, mine.kept)
-        still = processor.active(mine.entries)
-        if still.any():
-            active.append(mine if still.all() else pick(processor, slots[still]))
+    for processor in facade.processors:
+        slots = facade.slots_of(processor, slice(num_reqs))
+        if not slots.size:
+            continue
+        entries, position = facade.entries(slots), take(runner.positions, fed[slots]).long()
+        if processor.observes:
+            facade.observe(processor, slots, send(entries, device), position, send(kept[slots], device))
+        still = processor.active(entries)
+        if not still.all():
+            slots, entries, position = slots[still], entries[still], position[send(still, device)]
+        if slots.size:
+            active.append(_Mine(processor, slots, entries, position))
     if not active:
         return None
 
-    stash = None
+    stash = limits = None
+    first_draft = np.cumsum(drafts) - drafts  # of each request, among all drafts
     if metadata is None:
-        ours, start, rows = first, first, logits
+        line, rows = np.arange(num_reqs), logits
     else:
         # The rows of every active request, one after another, in a copy of their own.
         ours = np.unique(np.concatenate([mine.slots for mine in active]))
@@ -164,6 +153,7 @@ def _show(facade: AlignSpecLogitsProcessor, runner: Any, logits: torch.Tensor, m
         start = np.cumsum(count) - count
         within = np.arange(count.sum()) - np.repeat(start, count)
         is_draft = within < np.repeat(count, count) - 1
+        first = np.cumsum(drafts + 1) - (drafts + 1)
         stash = Stash(
             rows=logits.index_select(0, send(np.repeat(first[ours], count) + within, device)).float(),
             last=send(start + count - 1, device),
@@ -172,35 +162,37 @@ def _show(facade: AlignSpecLogitsProcessor, runner: Any, logits: torch.Tensor, m
             draft_line=send((np.repeat(first_draft[ours], count) + within)[is_draft], device),
         )
         rows = stash.rows
-    token = runner.input_ids.gpu[fed].long()
-    limits = torch.full((num_reqs,), facade.rows, dtype=torch.int64, device=device)
+        line = np.zeros(num_reqs, np.int64)
+        line[ours] = start
+        limits = torch.full((num_reqs,), facade.rows, dtype=torch.int64, device=device)
     for mine in active:
         count = drafts[mine.slots] + 1
         r = np.arange(count.max())
-        draft = torch.full((len(count), len(r)), -1, dtype=torch.int64, device=device)
+        draft = send(np.full((len(count), len(r)), -1), device)
         usable = (r < count[:, None] - 1) & facade.drafts_are_real[mine.slots][:, None]
         if usable.any():
             which = np.where(usable, first_draft[mine.slots][:, None] + r, 0)
-            draft = torch.where(send(usable, device), metadata.draft_token_ids[send(which, device)].long(), draft)
-        line = start[np.searchsorted(ours, mine.slots)][:, None]
+            draft = torch.where(send(usable, device), take(metadata.draft_token_ids, which).long(), draft)
         limit = facade.run(
             mine.processor,
             mine.slots,
             Rows(
                 logits=rows,
-                index=send(line + np.minimum(r, count[:, None] - 1), device),
-                count=send(count, device) * mine.kept,
+                index=send(line[mine.slots][:, None] + np.minimum(r, count[:, None] - 1), device),
+                count=send(count * kept[mine.slots], device),
                 position=mine.position,
-                fed=token[mine.picked],
+                fed=take(runner.input_ids.gpu, fed[mine.slots]).long(),
                 draft=draft,
-                entry=mine.entry,
+                entry=send(mine.entries, device),
                 entry_np=mine.entries,
-                unmasked=facade.unmasked(mine.processor, mine.picked, len(r)),
+                unmasked=facade.unmasked(mine.processor, mine.slots, len(r)),
+                control=facade.control_ids,
             ),
         )
-        if limit is not None:
+        if limit is not None and limits is not None:
             facade.stash = stash
-            limits[mine.picked] = torch.minimum(limits[mine.picked], limit)
+            picked = send(mine.slots, device)
+            limits[picked] = torch.minimum(limits[picked], limit)
     return limits
 
 

@@ -98,9 +98,9 @@ def before_mask(logits: torch.Tensor, batch: Any) -> None:
             r = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
             facade.before_mask(
                 logits,
-                send(np.repeat(first, count).astype(np.int64) + r, logits.device),
+                np.repeat(first, count).astype(np.int64) + r,
                 np.repeat(batch.idx_mapping_np[wanted], count),
-                send(r, logits.device),
+                r,
             )
 
 
@@ -140,7 +140,8 @@ def _show(facade: AlignSpecLogitsProcessor, states: Any, logits: torch.Tensor, c
             continue
         entries = facade.entries(slots[batch])
         picked = send(batch, device)
-        facade.observe(processor, slots[batch], send(entries, device), position[picked], kept[picked])
+        if processor.observes:
+            facade.observe(processor, slots[batch], send(entries, device), position[picked], kept[picked])
         active = processor.active(entries)
         if not active.any():
             continue
@@ -166,7 +167,8 @@ def _show(facade: AlignSpecLogitsProcessor, states: Any, logits: torch.Tensor, c
                 draft=torch.where(r < rows - 1, draft, -1),
                 entry=send(entries, device),
                 entry_np=entries,
-                unmasked=facade.unmasked(processor, ctx.idx_mapping[picked].long(), width),
+                unmasked=facade.unmasked(processor, slots[batch], width),
+                control=facade.control_ids,
                 fetch=fetch,
             ),
         )

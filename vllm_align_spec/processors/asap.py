@@ -25,16 +25,16 @@ import logging
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
 from vllm_align_spec.options import MAX_STOP_IDS
-from vllm_align_spec.processors.rows import HostRows, Layout, Processor, Rows, force, row_logsumexp, send
+from vllm_align_spec.processors.rows import Layout, Processor, Rows, row_logsumexp, send
 
 if TYPE_CHECKING:
     from vllm_align_spec.processors.trie import Tries
@@ -53,6 +53,7 @@ class State(IntEnum):
 FILE = "tries.safetensors"
 
 _Int = np.ndarray[Any, np.dtype[np.int64]]
+_Float = np.ndarray[Any, np.dtype[np.float64]]
 
 ATTEMPT = np.dtype(
     [
@@ -85,88 +86,68 @@ PLACE = np.dtype(
 """Where an attempt stands between two steps."""
 
 
-@dataclass
-class Drawn:
-    """What a step's rows say; [S, L] each, float64 unless said."""
+class Known(NamedTuple):
+    """What a step knows of its rows before they are drawn, on the host."""
 
-    log_h: torch.Tensor  # log H(u)
-    log_unvisited: torch.Tensor  # log mass of the legal children that the trie does not know
-    token: torch.Tensor  # int64: the token drawn
-    token_log_p: torch.Tensor  # log P of it
-    token_log_h: torch.Tensor  # log h with which it was drawn
-    draft_log_p: torch.Tensor  # log P of the row's draft token; -inf where there is none or it is illegal
+    node: np.ndarray[Any, np.dtype[np.int32]]  # [S, L] the tries' nodes, -1 for none
+    offsets: _Int  # [S * L + 1] row i's visited children are `child[offsets[i]:offsets[i + 1]]`
+    child: _Int  # [K] token ids
+    child_log_c: _Float  # [K] log c~ of each
+    # [3, S, L] a uniform number in (0, 1) that draws the token; the log of one that decides whether the row survives,
+    # the lowest finite number where nothing is thinned, inf where nothing survives; the log h that it was sampled with
+    of_rows: _Float
+    of_requests: _Float  # [3, S] 1 / temperature; log m, see `decide`; 1.0 if row 0 is an attempt's first
+    # [2, S, L] whether nothing but an end is legal (the bound on the length), whether no end is (``min_tokens``)
+    limits: np.ndarray[Any, np.dtype[np.bool_]]
+    otherwise: _Int  # [S] the `Control` that is forced where a row does not survive
+    ends: _Int  # [S, E] token ids that end a response, -1 for none
+    count: _Int  # [S] rows to decide, 0 where the attempt is over
 
 
-def draw(
+NUMBERS = (
+    "log_h",  # log H(u); -inf where no token is left, and then the token is arbitrary
+    "log_unvisited",  # log mass of the legal children that the trie does not know
+    "token",  # the token drawn
+    "token_log_p",  # log P of it
+    "token_log_h",  # log h with which it was drawn
+    "draft_log_p",  # log P of the row's draft token; -inf where there is none or it is illegal
+    "alive",  # 1.0 if the row survives
+    "log_rho",  # 0 at first rows
+    "log_bank",  # log m behind the row
+)
+"""What `decide` says of each row."""
+
+
+def decide(
     logits: torch.Tensor,
     index: torch.Tensor,
     unmasked: torch.Tensor,
-    inverse_temperature: torch.Tensor,
-    uniform: torch.Tensor,
     draft: torch.Tensor,
-    ends: torch.Tensor,
-    only_ends: torch.Tensor,
-    no_ends: torch.Tensor,
-    offsets: torch.Tensor,
-    child: torch.Tensor,
-    child_log_c: torch.Tensor,
-) -> Drawn:
-    """Draws one token per row from P(a|u) h(ua) / H(u).
+    control: torch.Tensor,
+    known: Known,
+) -> torch.Tensor:
+    """Draws one token per row from P(a|u) h(ua) / H(u), and makes the row one-hot on it, or on a control id where the
+    row does not survive.
+
+    Thinning goes row after row: survive with probability min(1, m rho), then m <- max(1, m rho). rho exceeds 1 by
+    rounding only. m, which starts at 1, banks the excess for the rows that follow.
 
     Args:
-        logits: [N, V] float32 after the grammar mask.
-        index: [S, L] int64 lines of ``logits``.
+        logits: [N, V] float32 after the grammar mask; only the first ``known.count`` rows of each request are written.
+        index: [S, L] int64 lines of ``logits``, as in `rows.Rows`.
         unmasked: [S, L] log-sum-exp of the rows over the temperature, before the mask.
-        inverse_temperature: [S] float64.
-        uniform: [S, L] float64 in (0, 1).
         draft: [S, L] int64, -1 for none.
-        ends: [S, E] int64 token ids that end a response; -1 for none.
-        only_ends: [S, L] bool, rows in which nothing else is legal (the bound on the length).
-        no_ends: [S, L] bool, rows in which they are not (``min_tokens``).
-        offsets: [S * L + 1] int64; row i's visited children are ``child[offsets[i]:offsets[i + 1]]``.
-        child: [K] int64 token ids.
-        child_log_c: [K] float64, log c~ of each.
+        control: [control ids] int64.
+        known: of the same rows.
 
     Returns:
-        the rows' numbers. A row without a legal token has log H = -inf and an arbitrary token.
+        [9, S, L] float64, the `NUMBERS` of rows that were to be decided; elsewhere they mean nothing.
     """
     if logits.is_cuda:
-        from vllm_align_spec.processors.kernels import asap_draw
+        from vllm_align_spec.processors.kernels import asap_decide
     else:
-        from vllm_align_spec.processors.loops import asap_draw
-    return Drawn(
-        *asap_draw(
-            logits, index, unmasked, inverse_temperature, uniform, draft,
-            ends, only_ends, no_ends, offsets, child, child_log_c,
-        )
-    )  # fmt: skip
-
-
-def thin(
-    log_h: torch.Tensor, log_used: torch.Tensor, first: torch.Tensor, log_bank: torch.Tensor, log_coin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Thinning, row after row: survive with probability min(1, m rho), then m <- max(1, m rho).
-
-    rho exceeds 1 by rounding only. m, which starts at 1, banks the excess for the rows that follow.
-
-    Args:
-        log_h: [S, L] log H(u).
-        log_used: [S, L] log h(u), as used one row before.
-        first: [S] bool, whether row 0 is an attempt's first, which is not thinned.
-        log_bank: [S] log m before row 0.
-        log_coin: [S, L] log of a uniform number each; the lowest finite number where nothing is thinned, inf where
-            nothing survives.
-
-    Returns:
-        [S, L] bool, [S, L] log rho (0 at first rows), [S, L] log m after each row.
-    """
-    if log_h.is_cuda:
-        from vllm_align_spec.processors import kernels
-
-        return kernels.thin(log_h, log_used, first, log_bank, log_coin)
-    from vllm_align_spec.processors import loops
-
-    return loops.thin(log_h, log_used, first, log_bank, log_coin)
+        from vllm_align_spec.processors.loops import asap_decide
+    return asap_decide(logits, index, unmasked, draft, control, known)
 
 
 @dataclass
@@ -174,9 +155,10 @@ class _Step:
     """A step's rows on their way back from the device."""
 
     entry: _Int  # [S]
-    host: HostRows
+    count: _Int  # [S]
+    draft: _Int  # [S, L]
     node: np.ndarray[Any, np.dtype[np.int32]]  # [S, L]
-    numbers: torch.Tensor  # [9, S, L] on the host: the fields of `Drawn`, then what `thin` returns
+    numbers: torch.Tensor  # [9, S, L] on the host: `NUMBERS`
     arrived: torch.cuda.Event | None
     turn: int
     seconds: float
@@ -308,62 +290,33 @@ class AsapProcessor(Processor):
         self._turn += 1
         self._settle(wait=False)
 
-    def observe(self, entry: torch.Tensor, position: torch.Tensor, counted: torch.Tensor) -> None:
-        """Nothing: every row comes to `apply`."""
-
-    def active(self, entry: _Int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """All requests, to their end."""
-        return np.ones(len(entry), dtype=bool)
-
     def apply(self, rows: Rows) -> torch.Tensor:
         """Draws the token of every row; see `rows.Processor.apply`."""
         host = rows.host()
         began = time.perf_counter()
         self._settle(before=self._turn)
-        e, device, width = rows.entry_np.astype(np.int64), rows.logits.device, host.draft.shape[1]
-        count = host.count.astype(np.int64)
-        node, offsets, child, child_log_c, of_rows, of_requests, limits, otherwise = self._look_up(
-            *self._state, e, host.position.astype(np.int64), count, host.draft.astype(np.int64)
-        )
-        host = replace(host, count=count)
-        uniform, log_coin, log_used = send(of_rows, device)
-        inverse_temperature, log_bank, first = send(of_requests, device)
-        only_ends, no_ends = send(limits, device)
+        e, draft, count = rows.entry_np, np.ascontiguousarray(host.draft), host.count.copy()
+        found = self._look_up(*self._state, e, np.ascontiguousarray(host.position), count, draft)
+        known = Known(*found, self._ends[e], count)
         host_seconds = time.perf_counter() - began
 
+        width = draft.shape[1]
         unmasked = rows.unmasked
         if unmasked is None:  # nothing was masked in this step
-            scale = inverse_temperature.float().repeat_interleave(width)
+            scale = send(known.of_requests[0].astype(np.float32).repeat(width), rows.logits.device)
             unmasked = row_logsumexp(rows.logits, rows.index.reshape(-1), scale).view(rows.index.shape)
-        drawn = draw(
-            rows.logits,
-            rows.index,
-            unmasked,
-            inverse_temperature,
-            uniform,
-            rows.draft,
-            send(self._ends[e], device),
-            only_ends,
-            no_ends,
-            send(offsets, device),
-            send(child, device),
-            send(child_log_c, device),
-        )
-        alive, log_rho, log_banks = thin(drawn.log_h, log_used, first > 0, log_bank, log_coin)
         assert rows.control is not None
-        token = torch.where(alive, drawn.token, rows.control[send(otherwise, device)][:, None])
-        force(rows.logits, rows.index, send(np.arange(width) < count[:, None], device), token)
-        numbers = torch.stack([t.double() for t in (*vars(drawn).values(), alive, log_rho, log_banks)])
-        self._send_back(e, host, node, numbers, host_seconds)
+        numbers = decide(rows.logits, rows.index, unmasked, rows.draft, rows.control, known)
+        self._send_back(e, draft, known, numbers, host_seconds)
         return torch.full_like(rows.count, width)
 
-    def _send_back(self, e: _Int, host: HostRows, node: Any, numbers: torch.Tensor, seconds: float) -> None:
+    def _send_back(self, e: _Int, draft: _Int, known: Known, numbers: torch.Tensor, seconds: float) -> None:
         arrived = None
         if numbers.is_cuda:
             numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self._steps.append(_Step(e, host, node, numbers, arrived, self._turn, seconds))
+        self._steps.append(_Step(e, known.count, draft, known.node, numbers, arrived, self._turn, seconds))
 
     def _settle(self, *, before: int | None = None, wait: bool = True) -> None:
         """Takes in the steps of earlier turns than ``before`` (or all), or of them those that have arrived."""
@@ -378,8 +331,8 @@ class AsapProcessor(Processor):
             self._take_in(
                 *self._state,
                 step.entry,
-                step.host.count,
-                step.host.draft.astype(np.int64),
+                step.count,
+                step.draft,
                 step.node,
                 step.numbers.numpy(),
             )

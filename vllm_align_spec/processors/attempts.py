@@ -68,10 +68,7 @@ def look_up(
         draft: [S, L] int64.
 
     Returns:
-        nodes [S, L] int32; offsets [S * L + 1], tokens [K] and log c~ [K] of visited children; [3, S, L] a uniform
-        number, the log of a coin that decides whether the row survives, and the log h with which it was sampled;
-        [3, S] 1/temperature, log bank, 1.0 at an attempt's first row; [2, S, L] bool whether the row must end, and
-        whether it must not; [S] `rows.Control` that is forced where a row does not survive.
+        the fields of `asap.Known` up to ``otherwise``.
     """
     nodes, tries = arena[0], arena[1]
     requests, width = draft.shape
@@ -150,7 +147,7 @@ def take_in(
         count: [S] int64, as `look_up` left it.
         draft: [S, L] int64.
         known: [S, L] int32, the nodes that `look_up` found.
-        numbers: [9, S, L] float64: the fields of `asap.Drawn`, then what `asap.thin` returns.
+        numbers: [9, S, L] float64: `asap.NUMBERS`.
     """
     log_h, unvisited, token = numbers[0], numbers[1], numbers[2]
     token_log_p, token_log_h, draft_log_p = numbers[3], numbers[4], numbers[5]

@@ -67,13 +67,6 @@ class CardsProcessor(Processor):
         self._entropy[entries] = 0
         self._staged.clear()
 
-    def observe(self, entry: torch.Tensor, position: torch.Tensor, counted: torch.Tensor) -> None:
-        """Nothing: a row's place follows from its position."""
-
-    def active(self, entry: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """All of them: any row may be the boundary."""
-        return np.ones(len(entry), dtype=bool)
-
     def apply(self, rows: Rows) -> torch.Tensor:
         """Forces the rows at which segments end."""
         assert rows.control is not None

@@ -92,9 +92,6 @@ class Guided(Processor):
         for companion in self.companions.values():
             companion.prepare()
 
-    def observe(self, entry: torch.Tensor, position: torch.Tensor, counted: torch.Tensor) -> None:
-        """Nothing to see outside of `apply`."""
-
     def active(self, entry: _Entries) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """All requests but those whose companion lost them."""
         for name, companion in self.companions.items():

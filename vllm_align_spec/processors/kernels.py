@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+
+from vllm_align_spec.processors.rows import send
+
+if TYPE_CHECKING:
+    from vllm_align_spec.processors.asap import Known
 
 _BLOCK = 4096
 _CHILDREN = 512
@@ -320,7 +328,7 @@ def asap_draw(
     child: torch.Tensor,
     child_log_c: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    """See `asap.draw`; the fields of `asap.Drawn`.
+    """Draws one token per row; the first six of `asap.NUMBERS`, the token as int64. Arguments as in `asap.Known`.
 
     A uniform number walks through the visited children in the order of ``child``, then through all other tokens in the
     order of their ids. Three kernels, each of which begins when the one before it has ended: log P and bitmap of the
@@ -374,10 +382,44 @@ def asap_draw(
     return log_h, log_unvisited, token, token_log_p, token_log_h, draft_log_p
 
 
+def asap_decide(
+    logits: torch.Tensor,
+    index: torch.Tensor,
+    unmasked: torch.Tensor,
+    draft: torch.Tensor,
+    control: torch.Tensor,
+    known: Known,
+) -> torch.Tensor:
+    """See `asap.decide`."""
+    device = logits.device
+    uniform, log_coin, log_used = send(known.of_rows, device)
+    inverse_temperature, log_bank, first = send(known.of_requests, device)
+    only_ends, no_ends = send(known.limits, device)
+    drawn = asap_draw(
+        logits, index, unmasked, inverse_temperature, uniform, draft, send(known.ends, device), only_ends, no_ends,
+        send(known.offsets, device), send(known.child, device), send(known.child_log_c, device),
+    )  # fmt: skip
+    alive, log_rho, log_banks = thin(drawn[0], log_used, first > 0, log_bank, log_coin)
+    token = torch.where(alive, drawn[2], control[send(known.otherwise, device)][:, None])
+    force(logits, index, send(np.arange(index.shape[1]) < known.count[:, None], device), token)
+    return torch.stack([number.double() for number in (*drawn, alive, log_rho, log_banks)])
+
+
 def thin(
     log_h: torch.Tensor, log_used: torch.Tensor, first: torch.Tensor, log_bank: torch.Tensor, log_coin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `asap.thin`; in torch, for a loop over L with S numbers each."""
+    """The thinning of `asap.decide`, in torch: L steps over S numbers each.
+
+    Args:
+        log_h: [S, L] log H(u).
+        log_used: [S, L] log h(u), as used one row before.
+        first: [S] bool, whether row 0 is an attempt's first, which is not thinned.
+        log_bank: [S] log m before row 0.
+        log_coin: [S, L] log of a uniform number each.
+
+    Returns:
+        [S, L] bool, [S, L] log rho, [S, L] log m after each row.
+    """
     log_rho = torch.where(log_h == -torch.inf, -torch.inf, log_h - log_used)
     log_rho[:, 0] = torch.where(first & (log_h[:, 0] > -torch.inf), 0.0, log_rho[:, 0])
     alive, banks = [], []

@@ -67,6 +67,7 @@ class WsdProcessor(Processor):
     drafter: ClassVar[bool] = True
     grammar: ClassVar[bool] = False
     control: ClassVar[bool] = False
+    observes: ClassVar[bool] = True
 
     def __init__(self, layout: Layout) -> None:
         def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
