@@ -273,10 +273,9 @@ class Feed:
 
 def known_rows(requests, width, **fields):
     """`asap.Known` of so many requests, of which nothing is known but what is given."""
-    rows = requests * width
     nothing = {
         "node": np.full((requests, width), -1, np.int32),
-        "offsets": np.zeros(rows + 1, np.int64),
+        "offsets": np.zeros(requests * width + 1, np.int64),
         "child": np.zeros(0, np.int64),
         "child_log_c": np.zeros(0),
         "of_rows": np.stack([np.full((requests, width), x) for x in (0.5, np.finfo(np.float64).min, 0.0)]),
@@ -284,7 +283,7 @@ def known_rows(requests, width, **fields):
         "limits": np.zeros((2, requests, width), np.bool_),
         "otherwise": np.zeros(requests, np.int64),
         "ends": np.full((requests, 1), -1),
-        "count": np.full(requests, width),
+        "rows": np.full(requests, width),
     }
     return asap.Known(**nothing | fields)
 
@@ -610,7 +609,7 @@ class Engine:
         inner, (logits, *given, known), said = seen["decide"]
         log_bank, log_rho, banks = known.of_requests[1], said.log_rho.cpu().numpy(), said.log_bank.cpu().numpy()
         threshold = np.concatenate([log_bank[:, None], banks[:, :-1]], 1) + log_rho
-        counts = np.isfinite(threshold) & (np.arange(threshold.shape[1]) < known.count[:, None])
+        counts = np.isfinite(threshold) & (np.arange(threshold.shape[1]) < known.rows[:, None])
         for step, lives in ((-1e-9, True), (1e-9, False)):
             of_rows = known.of_rows.copy()
             of_rows[1] = threshold + step

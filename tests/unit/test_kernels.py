@@ -268,7 +268,7 @@ def known_of(step, count, **fields):
         "of_requests": np.stack([step["inverse_temperature"].numpy(), np.zeros(s), np.ones(s)]),
         "limits": torch.stack([step["only_ends"], step["no_ends"]]).numpy(),
         "ends": step["ends"].numpy(),
-        "count": count,
+        "rows": count,
     }
     return known_rows(s, width, **given | fields)
 

@@ -223,7 +223,7 @@ def device_clock() -> Iterator[list[float]]:
         return found
 
     try:
-        asap.decide = timed
+        asap.decide = timed  # type: ignore[assignment]
         yield spent
     finally:
         asap.decide = decide

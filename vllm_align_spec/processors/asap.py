@@ -101,7 +101,7 @@ class Known(NamedTuple):
     limits: np.ndarray[Any, np.dtype[np.bool_]]
     otherwise: _Int  # [S] the `Control` that is forced where a row does not survive
     ends: _Int  # [S, E] token ids that end a response, -1 for none
-    count: _Int  # [S] rows to decide, 0 where the attempt is over
+    rows: _Int  # [S] how many to decide, 0 where the attempt is over
 
 
 NUMBERS = (
@@ -133,7 +133,7 @@ def decide(
     rounding only. m, which starts at 1, banks the excess for the rows that follow.
 
     Args:
-        logits: [N, V] float32 after the grammar mask; only the first ``known.count`` rows of each request are written.
+        logits: [N, V] float32 after the grammar mask; only the first ``known.rows`` rows of each request are written.
         index: [S, L] int64 lines of ``logits``, as in `rows.Rows`.
         unmasked: [S, L] log-sum-exp of the rows over the temperature, before the mask.
         draft: [S, L] int64, -1 for none.
@@ -297,7 +297,7 @@ class AsapProcessor(Processor):
         self._settle(before=self._turn)
         e, draft, count = rows.entry_np, np.ascontiguousarray(host.draft), host.count.copy()
         found = self._look_up(*self._state, e, np.ascontiguousarray(host.position), count, draft)
-        known = Known(*found, self._ends[e], count)
+        known = Known(*found, ends=self._ends[e], rows=count)
         host_seconds = time.perf_counter() - began
 
         width = draft.shape[1]
@@ -316,7 +316,7 @@ class AsapProcessor(Processor):
             numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self._steps.append(_Step(e, known.count, draft, known.node, numbers, arrived, self._turn, seconds))
+        self._steps.append(_Step(e, known.rows, draft, known.node, numbers, arrived, self._turn, seconds))
 
     def _settle(self, *, before: int | None = None, wait: bool = True) -> None:
         """Takes in the steps of earlier turns than ``before`` (or all), or of them those that have arrived."""

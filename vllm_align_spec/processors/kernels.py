@@ -401,7 +401,7 @@ def asap_decide(
     )  # fmt: skip
     alive, log_rho, log_banks = thin(drawn[0], log_used, first > 0, log_bank, log_coin)
     token = torch.where(alive, drawn[2], control[send(known.otherwise, device)][:, None])
-    force(logits, index, send(np.arange(index.shape[1]) < known.count[:, None], device), token)
+    force(logits, index, send(np.arange(index.shape[1]) < known.rows[:, None], device), token)
     return torch.stack([number.double() for number in (*drawn, alive, log_rho, log_banks)])
 
 

@@ -116,7 +116,7 @@ def _top(x: _Array) -> np.float32:
 _top = jit(_top, fastmath={"nnan", "nsz", "reassoc"})
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic  # type: ignore[untyped-decorator]
 def _float32_of(context: Any, bits: Any) -> Any:
     """The float32 that an int32 holds the bits of."""
 

@@ -151,6 +151,7 @@ class Processor(Protocol):
             position: [S] int64, as in `Rows`.
             counted: [S] bool, whether what is sampled in this step is kept.
         """
+        return
 
     def active(self, entry: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Which requests still need their rows, as far as the host knows: all, unless a method knows better. Asking
