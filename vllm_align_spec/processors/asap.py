@@ -297,7 +297,7 @@ class AsapProcessor(Processor):
         self._settle(before=self._turn)
         e, draft, count = rows.entry_np, np.ascontiguousarray(host.draft), host.count.copy()
         found = self._look_up(*self._state, e, np.ascontiguousarray(host.position), count, draft)
-        known = Known(*found, ends=self._ends[e], rows=count)
+        known = Known._make((*found, self._ends[e], count))
         host_seconds = time.perf_counter() - began
 
         width = draft.shape[1]
