@@ -10,7 +10,6 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-from llvmlite.ir import FloatType  # type: ignore[import-untyped]
 from numba import njit, types  # type: ignore[import-untyped]
 from numba.extending import intrinsic  # type: ignore[import-untyped]
 
@@ -117,11 +116,11 @@ _top = jit(_top, fastmath={"nnan", "nsz", "reassoc"})
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _float32_of(context: Any, bits: Any) -> Any:
+def _float32_of(_: Any, bits: Any) -> Any:
     """The float32 that an int32 holds the bits of."""
 
-    def make(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], FloatType())
+    def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
 
     return types.float32(types.int32), make
 
