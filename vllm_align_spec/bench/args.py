@@ -2,7 +2,8 @@
 
 Speed is that of equally long answers (``ignore_eos``), greedy, by one engine: guided and plain requests run one right
 after the other, so that a slow moment of the machine hits both. The loop that it is also held against is the published
-one with transformers (`args_loop`), on the same prompts; its tokens are compared with the engine's.
+one with transformers (`args_loop`), on the same prompts; its tokens are compared with the engine's. It can only answer
+one prompt after the other; the engine is timed that way and with all prompts at once, until the last answer is there.
 
 Effect is the reward of sampled answers of natural length by the judge that did not guide, and their perplexity under
 the base model: over the weight of ARGS, and over the lambda of DeRa with the lab's small aligned model.
@@ -39,7 +40,12 @@ if TYPE_CHECKING:
 TOKENS = 128
 FOREIGN_LEN = 2048
 """Of the companion with another tokenizer, which needs more tokens for the longest prompts."""
-LOOP_TOKENS = 128
+LOOPS = (
+    {"batch": 1, "prompt": 0, "tokens": 128, "groups": 6},
+    {"batch": 16, "prompt": 0, "tokens": 128, "groups": 2},
+    {"batch": 4, "prompt": 768, "tokens": 32, "groups": 2},
+)
+"""How many prompts of which length the engine answers at once, and how many such groups; see `_loop`."""
 TOP_K = 10
 REPEATS = {"speed": 6, "growth": 4}
 WEIGHT = 1.0
@@ -68,14 +74,15 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
     answers |= {
         f"{LAMBDA_SIGN}{value:g}": {"dera": "on", "dera_model": "aligned", "dera_lambda": value} for value in lambdas
     }
-    loops, count = (2, 32) if quick else (6, 64)
+    loops = tuple({**one, "groups": 1} for one in LOOPS) if quick else LOOPS
+    count = 32 if quick else 64
     result = Result("args")
     sizes = {name: _size(name) for name in ("base", "judge", "pilot")}
     result.setting |= {
         "models": {"base": "lab base", "reward": "lab judge", "aligned": "lab pilot", "judge": "lab judge-other"},
         "parameters": sizes,
         "tokens": TOKENS,
-        "loop_tokens": LOOP_TOKENS,
+        "loops": list(loops),
         "repeats": REPEATS,
         "prompts": count,
         "weights": list(weights),
@@ -90,13 +97,15 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
             Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress,
         ):
             prompts = _prompts(engine)
-            task = progress.add_task("", total=len(settings) + loops + len(answers))
+            task = progress.add_task("", total=len(settings) + len(loops) + len(answers))
             for setting in settings:
                 progress.update(task, description=", ".join(f"{name} {value}" for name, value in setting.items()))
                 _measure(engine, prompts, setting, REPEATS["growth" if _grown(setting) else "speed"], result)
                 progress.advance(task)
-            progress.update(task, description="the published loop")
-            _loop(engine, prompts[:loops], result, lambda: progress.advance(task))
+            for setting in loops:
+                progress.update(task, description=f"the published loop, {setting['batch']} prompts")
+                _loop(engine, prompts, setting, result)
+                progress.advance(task)
             for way, options in answers.items():
                 progress.update(task, description=f"answers, {way}")
                 _answers(engine, prompts[:count], way, options, result)
@@ -217,9 +226,7 @@ def _measure(engine: LLM, prompts: list[list[int]], setting: dict[str, int], rep
     seconds: dict[str, list[float]] = {"plain": [], "guided": [], "bridged": []}
     for repeat in range(-1, repeats):
         first = max(repeat, 0) * batch
-        chosen = [prompts[(first + i) % len(prompts)] for i in range(batch)]
-        if length:
-            chosen = [(prompt * (length // len(prompt) + 1))[-length:] for prompt in chosen]
+        chosen = _long([prompts[(first + i) % len(prompts)] for i in range(batch)], length)
         ways = {"plain": None, "guided": _options(WEIGHT, setting["k"])}
         if not _grown(setting):
             ways["bridged"] = _options(WEIGHT, companion="foreign")
@@ -230,8 +237,8 @@ def _measure(engine: LLM, prompts: list[list[int]], setting: dict[str, int], rep
     result.samples.setdefault("seconds", {})[setting_name(setting)] = seconds
 
 
-def _loop(engine: LLM, prompts: list[list[int]], result: Result, advance: Any) -> None:
-    """The published loop and the engine on the same prompts, one after the other."""
+def _loop(engine: LLM, prompts: list[list[int]], setting: dict[str, int], result: Result) -> None:
+    """The published loop and the engine on the same prompts: the loop one after the other, the engine all at once."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
@@ -241,18 +248,28 @@ def _loop(engine: LLM, prompts: list[list[int]], result: Result, advance: Any) -
     logging.disable_progress_bar()
     base = AutoModelForCausalLM.from_pretrained(lab.model_path("base"), dtype=torch.float32).eval()
     judge = AutoModelForSequenceClassification.from_pretrained(lab.model_path("judge"), dtype=torch.float32).eval()
+    batch, tokens = setting["batch"], setting["tokens"]
     seconds: dict[str, list[float]] = {"loop": [], "guided": []}
-    same = []
-    for prompt in prompts:
-        spent, (output,) = _generate(engine, [prompt], _options(WEIGHT), max_tokens=LOOP_TOKENS)
+    same: list[float] = []
+    for group in range(setting["groups"]):
+        chosen = _long(prompts[group * batch : (group + 1) * batch], setting["prompt"])
+        _generate(engine, chosen, _options(WEIGHT), max_tokens=tokens)  # warms up
+        spent, outputs = _generate(engine, chosen, _options(WEIGHT), max_tokens=tokens)
         seconds["guided"].append(spent)
         began = time.perf_counter()
-        tokens = args_loop(base, judge, prompt, weight=WEIGHT, top_k=TOP_K, max_new_tokens=LOOP_TOKENS, stop_ids=())
+        found = [
+            args_loop(base, judge, prompt, weight=WEIGHT, top_k=TOP_K, max_new_tokens=tokens, stop_ids=())
+            for prompt in chosen
+        ]
         seconds["loop"].append(time.perf_counter() - began)
-        same.append(tokens == list(output.outputs[0].token_ids))
-        advance()
-    result.samples["loop_seconds"] = seconds
-    result.samples["loop_same_tokens"] = same
+        same += [float(a == list(b.outputs[0].token_ids)) for a, b in zip(found, outputs, strict=True)]
+    name = setting_name({key: setting[key] for key in ("batch", "prompt")})
+    result.samples.setdefault("loop", {})[name] = {"seconds": seconds, "same_tokens": same}
+
+
+def _long(prompts: list[list[int]], length: int) -> list[list[int]]:
+    """Prompts of so many tokens, each repeated until it has them; 0 leaves them as they are."""
+    return [(prompt * (length // len(prompt) + 1))[-length:] for prompt in prompts] if length else prompts
 
 
 def _answers(engine: LLM, prompts: list[list[int]], way: str, options: dict[str, Any] | None, result: Result) -> None:
@@ -298,9 +315,11 @@ def _figures(result: Result) -> None:
         if seconds["bridged"]:
             found = median(ratios(seconds["plain"], seconds["bridged"]))
             result.figures[f"throughput_ratio_batch_{words['batch']}_other_tokenizer"] = found
-    seconds = result.samples["loop_seconds"]
-    result.figures["speedup_over_loop"] = median(ratios(seconds["loop"], seconds["guided"]), ">= 20")
-    result.figures["loop_same_tokens"] = mean([float(same) for same in result.samples["loop_same_tokens"]])
+    for name, told in result.samples["loop"].items():
+        key = "_".join(name.replace(", prompt 0", "").replace(",", "").split(" "))
+        found = median(ratios(told["seconds"]["loop"], told["seconds"]["guided"]), ">= 20" if key == "batch_16" else "")
+        result.figures[f"speedup_over_loop_{key}"] = found
+        result.figures[f"loop_same_tokens_{key}"] = mean(told["same_tokens"])
     answers = result.samples["answers"]
     plain = answers["plain"]["rewards"]
     for way, told in answers.items():

@@ -4,7 +4,8 @@ Reward and price are also those of best-of-N with the same judge, so that one pi
 
 The published loop (`args_loop`) and CARDS are guided by one judge; rewards are those of another, which no decoding
 consults. Time is that of equally long answers, one prompt at a time, each way right after the other: as long as CARDS'
-own, because tokens beyond an answer's natural end please no judge and would be tried again and again. Reward is that
+own, because tokens beyond an answer's natural end please no judge and would be tried again and again. It is also taken
+of many prompts, which the engine answers at once, and the loop, as it can, one after the other. Reward is that
 of answers of natural length to held-out prompts, paired by prompt. Thresholds come from the reward and
 entropy quantiles of plain samples, as ``vllm-align-spec calibrate`` proposes them, on prompts that are not used again.
 """
@@ -39,6 +40,8 @@ that all other figures are of."""
 SEGMENT_TOKENS = 12
 MARGIN = 0.5
 """Reward that CARDS may lie below ARGS and still count as not inferior; the judge's spread is about ten times that."""
+TOGETHER = 16
+"""Prompts that are answered at once."""
 WAYS = ("plain", "args_loop", *(f"cards_{n}" for n in CANDIDATES))
 
 
@@ -59,12 +62,14 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
         out: folder for the figure.
     """
     started = time.monotonic()
-    repeats, prompts, calibration = (4, 12, 6) if quick else (12, 64, 24)
+    repeats, groups, prompts, calibration = (4, 1, 12, 6) if quick else (12, 3, 64, 24)
     result = Result("cards")
     result.setting |= {
         "models": {"base": "lab base", "judge": "lab judge", "evaluation": "lab judge-other"},
         "max_tokens": TOKENS,
         "repeats": repeats,
+        "together": TOGETHER,
+        "groups": groups,
         "reward_prompts": prompts,
         "calibration_prompts": calibration,
         "args": ARGS,
@@ -89,12 +94,14 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
             for messages in questions
         ]
         with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
-            task = progress.add_task("calibration", total=3)
+            task = progress.add_task("calibration", total=4)
             targets = _calibrate(engine, questions[-calibration:])
             options = targets[SHARES[1]]
             result.setting["cards"] = {f"quantile {share:g}": one for share, one in targets.items()}
             progress.update(task, advance=1, description="time")
             _times(engine, loop, options, asked, repeats, result)
+            progress.update(task, advance=1, description=f"time of {TOGETHER} prompts at once")
+            _times_together(engine, loop, options, asked, groups, result)
             progress.update(task, advance=1, description="rewards")
             _rewards(engine, loop, targets, questions[:prompts], asked, result)
             progress.advance(task)
@@ -211,6 +218,34 @@ def _times(
     result.samples["costs"] = costs
 
 
+def _times_together(
+    engine: LLM, loop: _Loop, options: dict[str, Any], asked: Sequence[list[int]], groups: int, result: Result
+) -> None:
+    """Seconds until the last of many answers is there, of equal lengths as in `_times`."""
+    seconds: dict[str, list[float]] = {"plain": [], "args_loop": [], "cards": []}
+    questions = lab.heldout_prompts("chat")
+    for group in range(-1, groups):  # the first one warms up
+        of_group = slice(max(group, 0) * TOGETHER, (max(group, 0) + 1) * TOGETHER)
+        lengths: list[int] = []
+        for way in ("cards", "plain", "args_loop"):
+            time.sleep(PAUSE_S)
+            seeds = range(100 * group, 100 * group + TOGETHER)
+            began = time.perf_counter()
+            if way == "cards":
+                params = [_params(seed, options) for seed in seeds]
+                outputs = engine.chat(questions[of_group], params, use_tqdm=False)
+                lengths = [len(output.outputs[0].token_ids) for output in outputs]
+            elif way == "plain":
+                params = [_params(seed, None, tokens=n) for seed, n in zip(seeds, lengths, strict=True)]
+                engine.chat(questions[of_group], params, use_tqdm=False)
+            elif group >= 0:
+                for prompt, n in zip(asked[of_group], lengths, strict=True):
+                    loop(prompt, n)
+            if group >= 0:
+                seconds[way].append(time.perf_counter() - began)
+    result.samples["seconds_together"] = seconds
+
+
 def _rewards(
     engine: LLM,
     loop: _Loop,
@@ -250,7 +285,12 @@ def _figures(result: Result) -> None:
     seconds, costs = result.samples["seconds"], result.samples["costs"]
     main = f"cards_{MAIN}"
     figures = result.figures
-    figures["time_ratio_to_args_loop"] = median(ratios(seconds[main], seconds["args_loop"]), "<= 0.2")
+    together = result.samples["seconds_together"]
+    figures[f"time_ratio_to_args_loop_batch_{TOGETHER}"] = median(
+        ratios(together["cards"], together["args_loop"]), "<= 0.2"
+    )
+    figures[f"time_ratio_to_plain_batch_{TOGETHER}"] = median(ratios(together["cards"], together["plain"]))
+    figures["time_ratio_to_args_loop"] = median(ratios(seconds[main], seconds["args_loop"]))
     figures["time_ratio_to_plain"] = median(ratios(seconds[main], seconds["plain"]))
     rewards = result.samples["rewards_judge-other"]
 
