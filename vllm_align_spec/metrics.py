@@ -133,6 +133,11 @@ class Metrics:
         self.reports_stored = gauge(
             "align_spec:reports_stored", "Reports that can be read now.", multiprocess_mode="livesum"
         )
+        self.grammar_bytes = gauge(
+            "align_spec:verified_grammar_bytes",
+            "Bytes of grammars that need not be verified again.",
+            multiprocess_mode="livesum",
+        )
         self.report_calls = counter("align_spec:report_calls", "Calls that asked the workers for reports.")
         self.report_calls_failed = counter("align_spec:report_calls_failed", "Those of them that failed.")
         self._begin_at_zero()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen3Config, Qwen3ForCausalLM
 
 from vllm_align_spec import lab
@@ -38,6 +39,21 @@ def judge():
 @pytest.fixture(scope="module")
 def pilot():
     return companion("lm")
+
+
+def recorded(second):
+    second.record(ROWS)
+    return second
+
+
+@pytest.fixture(scope="module")
+def recorded_judge():
+    return recorded(companion())
+
+
+@pytest.fixture(scope="module")
+def recorded_pilot():
+    return recorded(companion("lm"))
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +114,49 @@ def empty(second):
 @given(seed=st.integers(0, 2**32 - 1))
 def test_equals_a_plain_forward_over_the_whole_sequence(seed, judge, pilot, plain_judge, plain_pilot):
     """Ragged batches, speculation with rejected drafts, requests that come, go, and come again elsewhere."""
+    follow_a_plain_forward(seed, judge, pilot, plain_judge, plain_pilot)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_passes_of_fixed_shapes_say_the_same(seed, recorded_judge, recorded_pilot, plain_judge, plain_pilot):
+    """What a GPU replays as graphs: the same steps, padded. (The graphs themselves need a GPU.)"""
+    with torch.inference_mode():
+        for second in (recorded_judge, recorded_pilot):
+            second._hidden.zero_()
+    follow_a_plain_forward(seed, recorded_judge, recorded_pilot, plain_judge, plain_pilot)
+    assert recorded_judge._hidden.any()
+    assert recorded_pilot._hidden.any()
+
+
+class NothingWaits(TorchDispatchMode):
+    """Refuses what a graph cannot hold: values that the host looks at, and sizes that depend on values."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            isinstance(one, torch.Tensor) and one.dtype == torch.bool
+            for one in (args[1] if isinstance(args[1], (list, tuple)) else ())
+        )
+        assert not by_mask, f"{name} by a mask cannot be recorded"
+        assert name not in self.FORBIDDEN, f"{name} cannot be recorded"
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_in_a_recorded_pass_waits_for_the_device(recorded_judge, recorded_pilot):
+    with pytest.raises(AssertionError, match="cannot be recorded"), NothingWaits():
+        torch.ones(2)[torch.tensor([True, False])].sum().item()
+    for second in (recorded_judge, recorded_pilot):
+        shapes = sorted(second._recorded)
+        assert len({lines for lines, _, _ in shapes}) == 4  # 1, 2, 4, 6
+        for shape in (shapes[0], shapes[-1]):
+            with torch.inference_mode(), NothingWaits():
+                second._fixed(*shape)
+
+
+def follow_a_plain_forward(seed, judge, pilot, plain_judge, plain_pilot):
     rng = np.random.default_rng(seed)
 
     def tokens(least, most):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import re
 from contextlib import aclosing
 from types import SimpleNamespace
 
@@ -300,7 +301,6 @@ class Words:
         self.continued = None
 
     def encode(self, prompt, text):
-        import re
 
         found = list(re.finditer(r"\s*\S+|\s+$", text))
         ids = [self.vocabulary.setdefault(match[0], 100 + len(self.vocabulary)) for match in found]

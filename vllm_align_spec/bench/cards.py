@@ -3,11 +3,12 @@
 Reward and price are also those of best-of-N with the same judge, so that one picture shows what a reward costs.
 
 The published loop (`args_loop`) and CARDS are guided by one judge; rewards are those of another, which no decoding
-consults. Time is that of equally long answers, one prompt at a time, each way right after the other: as long as CARDS'
-own, because tokens beyond an answer's natural end please no judge and would be tried again and again. It is also taken
-of many prompts, which the engine answers at once, and the loop, as it can, one after the other. Reward is that
-of answers of natural length to held-out prompts, paired by prompt. Thresholds come from the reward and
-entropy quantiles of plain samples, as ``vllm-align-spec calibrate`` proposes them, on prompts that are not used again.
+consults. Time is taken twice. Of equally long answers, one prompt at a time, each way right after the other: as long as
+CARDS' own, because tokens beyond an answer's natural end please no judge and would be tried again and again. And of
+answers of natural length to the held-out prompts whose rewards are compared, until the last one is there: the engine is
+asked for three answers of each prompt, all at once, the loop knows nothing but one after the other. Thresholds come
+from the reward and entropy quantiles of plain samples, as ``vllm-align-spec calibrate`` proposes them, on prompts that
+are not used again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_align_spec import lab
 from vllm_align_spec.bench.args_loop import args_loop
-from vllm_align_spec.bench.measure import PAUSE_S, Result, axes, console, mean, median, ratios, start_engine
+from vllm_align_spec.bench.measure import PAUSE_S, Figure, Result, axes, console, mean, median, ratios, start_engine
 from vllm_align_spec.calibrate import entropy_for, quantile
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ that all other figures are of."""
 SEGMENT_TOKENS = 12
 MARGIN = 0.5
 """Reward that CARDS may lie below ARGS and still count as not inferior; the judge's spread is about ten times that."""
-TOGETHER = 16
-"""Prompts that are answered at once."""
+TIMED = 3
+"""Answers of each prompt that are asked for at once, where that is timed."""
 WAYS = ("plain", "args_loop", *(f"cards_{n}" for n in CANDIDATES))
 
 
@@ -62,15 +63,14 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
         out: folder for the figure.
     """
     started = time.monotonic()
-    repeats, groups, prompts, calibration = (4, 1, 12, 6) if quick else (12, 3, 64, 24)
+    repeats, prompts, calibration = (4, 12, 6) if quick else (12, 64, 24)
     result = Result("cards")
     result.setting |= {
         "models": {"base": "lab base", "judge": "lab judge", "evaluation": "lab judge-other"},
         "max_tokens": TOKENS,
         "repeats": repeats,
-        "together": TOGETHER,
-        "groups": groups,
         "reward_prompts": prompts,
+        "answers_at_once": TIMED * prompts,
         "calibration_prompts": calibration,
         "args": ARGS,
         "reward_margin": MARGIN,
@@ -85,7 +85,7 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
             str(lab.model_path("base")),
             "a judge",
             max_model_len=1024,
-            max_num_seqs=16,
+            max_num_seqs=64,
             additional_config={"align_spec": {"rewards": rewards}},
         ) as engine,
     ):
@@ -94,14 +94,12 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
             for messages in questions
         ]
         with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
-            task = progress.add_task("calibration", total=4)
+            task = progress.add_task("calibration", total=3)
             targets = _calibrate(engine, questions[-calibration:])
             options = targets[SHARES[1]]
             result.setting["cards"] = {f"quantile {share:g}": one for share, one in targets.items()}
             progress.update(task, advance=1, description="time")
             _times(engine, loop, options, asked, repeats, result)
-            progress.update(task, advance=1, description=f"time of {TOGETHER} prompts at once")
-            _times_together(engine, loop, options, asked, groups, result)
             progress.update(task, advance=1, description="rewards")
             _rewards(engine, loop, targets, questions[:prompts], asked, result)
             progress.advance(task)
@@ -145,7 +143,7 @@ def _calibrate(engine: LLM, questions: Sequence[list[dict[str, str]]]) -> dict[f
     choices = [
         choice
         for seed in range(4)
-        for choice in _answers(engine, questions, [_params(seed, plain)] * len(questions))[1]
+        for choice in _answers(engine, questions, [_params(seed, plain)] * len(questions))[2]
     ]
     rewards = [choice["segments"][-1]["reward"] for choice in choices]
     boundary = entropy_for([choice["entropies"] for choice in choices], SEGMENT_TOKENS)
@@ -170,11 +168,13 @@ def _params(seed: int, extra: dict[str, Any] | None, *, tokens: int | None = Non
 
 def _answers(
     engine: LLM, questions: Sequence[list[dict[str, str]]], params: Sequence[Any]
-) -> tuple[list[Any], list[dict[str, Any]]]:
-    """Outputs of conversations, and the reports of those that used a method."""
+) -> tuple[float, list[Any], list[dict[str, Any]]]:
+    """Seconds until all conversations are answered, outputs, and the reports of those that used a method."""
+    began = time.perf_counter()
     outputs = engine.chat(list(questions), list(params), use_tqdm=False)
+    seconds = time.perf_counter() - began
     reports = [engine.report(output) for output in outputs]
-    return outputs, [report["choices"][0] for report in reports if report is not None]
+    return seconds, outputs, [report["choices"][0] for report in reports if report is not None]
 
 
 def _times(
@@ -218,34 +218,6 @@ def _times(
     result.samples["costs"] = costs
 
 
-def _times_together(
-    engine: LLM, loop: _Loop, options: dict[str, Any], asked: Sequence[list[int]], groups: int, result: Result
-) -> None:
-    """Seconds until the last of many answers is there, of equal lengths as in `_times`."""
-    seconds: dict[str, list[float]] = {"plain": [], "args_loop": [], "cards": []}
-    questions = lab.heldout_prompts("chat")
-    for group in range(-1, groups):  # the first one warms up
-        of_group = slice(max(group, 0) * TOGETHER, (max(group, 0) + 1) * TOGETHER)
-        lengths: list[int] = []
-        for way in ("cards", "plain", "args_loop"):
-            time.sleep(PAUSE_S)
-            seeds = range(100 * group, 100 * group + TOGETHER)
-            began = time.perf_counter()
-            if way == "cards":
-                params = [_params(seed, options) for seed in seeds]
-                outputs = engine.chat(questions[of_group], params, use_tqdm=False)
-                lengths = [len(output.outputs[0].token_ids) for output in outputs]
-            elif way == "plain":
-                params = [_params(seed, None, tokens=n) for seed, n in zip(seeds, lengths, strict=True)]
-                engine.chat(questions[of_group], params, use_tqdm=False)
-            elif group >= 0:
-                for prompt, n in zip(asked[of_group], lengths, strict=True):
-                    loop(prompt, n)
-            if group >= 0:
-                seconds[way].append(time.perf_counter() - began)
-    result.samples["seconds_together"] = seconds
-
-
 def _rewards(
     engine: LLM,
     loop: _Loop,
@@ -258,18 +230,38 @@ def _rewards(
 
     tokenizer = engine.get_tokenizer()
     count = len(questions)
+    # So many requests fill the engine: candidates that turn out not to be needed would only take room. The answers are
+    # the same.
+    targets = {share: {**options, "cards_candidates": 1} for share, options in targets.items()}
     texts: dict[str, list[str]] = {}
     dearness: dict[str, list[float]] = result.samples.setdefault("sampled_tokens_per_token", {})
     ways = {"plain": None, **{_of_share(share): options for share, options in targets.items()}}
     ways |= {f"best_of_{n}": {"bon": n, "bon_reward": "judge"} for n in BEST_OF}
-    for way, extra in ways.items():
-        outputs, choices = _answers(engine, questions, [_params(1000 + i, extra) for i in range(count)])
-        texts[way] = [output.outputs[0].text for output in outputs]
+    seconds: dict[str, list[float]] = result.samples.setdefault("seconds_all_at_once", {})
+    tokens: dict[str, list[int]] = result.samples.setdefault("response_tokens", {})
+
+    def answers(way: str, seeds: Sequence[int]) -> tuple[list[Any], list[dict[str, Any]]]:
+        time.sleep(PAUSE_S)
+        params = [_params(seed + i, ways[way]) for seed in seeds for i in range(count)]
+        spent, outputs, choices = _answers(engine, [*questions] * len(seeds), params)
+        if len(seeds) == TIMED:
+            seconds.setdefault(way, []).append(spent / TIMED)
+        return outputs, choices
+
+    for way in ways:
+        timed = way in ("plain", "cards")
+        outputs, choices = answers(way, range(1000, 1000 * (TIMED if timed else 1) + 1, 1000))
+        texts[way] = [output.outputs[0].text for output in outputs[:count]]
+        tokens[way] = [len(output.outputs[0].token_ids) for output in outputs]
         dearness[way] = [one["sampled_tokens"] / max(one["response_tokens"], 1) for one in choices] or [1.0] * count
-    texts["args_loop"] = [
-        tokenizer.decode(loop(prompt, TOKENS, [tokenizer.eos_token_id]), skip_special_tokens=True)
-        for prompt in asked[:count]
-    ]
+    time.sleep(PAUSE_S)
+    began = time.perf_counter()
+    found = [loop(prompt, TOKENS, [tokenizer.eos_token_id]) for prompt in asked[:count]]
+    seconds["args_loop"] = [time.perf_counter() - began]
+    texts["args_loop"] = [tokenizer.decode(answer, skip_special_tokens=True) for answer in found]
+    tokens["args_loop"] = [len(answer) for answer in found]
+    for way in ("plain", "cards"):
+        answers(way, range(5000, 5000 + 1000 * TIMED, 1000))
     for name in ("judge-other", "judge"):
         judge = Judge(name)
         result.samples[f"rewards_{name}"] = {
@@ -285,11 +277,10 @@ def _figures(result: Result) -> None:
     seconds, costs = result.samples["seconds"], result.samples["costs"]
     main = f"cards_{MAIN}"
     figures = result.figures
-    together = result.samples["seconds_together"]
-    figures[f"time_ratio_to_args_loop_batch_{TOGETHER}"] = median(
-        ratios(together["cards"], together["args_loop"]), "<= 0.2"
-    )
-    figures[f"time_ratio_to_plain_batch_{TOGETHER}"] = median(ratios(together["cards"], together["plain"]))
+    at_once = result.samples["seconds_all_at_once"]
+    loops = at_once["args_loop"] * len(at_once["cards"])
+    figures["time_ratio_to_args_loop_all_at_once"] = median(ratios(at_once["cards"], loops), "<= 0.2")
+    figures["time_ratio_to_plain_all_at_once"] = median(ratios(at_once["cards"], at_once["plain"]))
     figures["time_ratio_to_args_loop"] = median(ratios(seconds[main], seconds["args_loop"]))
     figures["time_ratio_to_plain"] = median(ratios(seconds[main], seconds["plain"]))
     rewards = result.samples["rewards_judge-other"]
@@ -313,19 +304,24 @@ def _figures(result: Result) -> None:
 
 
 def _draw(result: Result, out: Path) -> None:
-    (time_axis, reward_axis, trade_axis), save = axes(out, "cards", 3, "Cascade reward sampling on the lab models")
-    seconds = result.samples["seconds"]
-    found = [median(seconds[way]) for way in WAYS]
-    errors = [[f.value - f.low for f in found], [f.high - f.value for f in found]]
-    time_axis.bar(WAYS, [f.value for f in found], yerr=errors, capsize=4)
-    time_axis.tick_params(axis="x", labelrotation=20)
-    time_axis.set(ylabel="seconds for answers of one length", yscale="log")
+    (time_axis, all_axis, reward_axis, trade_axis), save = axes(
+        out, "cards", 4, "Cascade reward sampling on the lab models"
+    )
+
+    def bars(axis: Any, found: dict[str, Figure]) -> None:
+        errors = [[f.value - f.low for f in found.values()], [f.high - f.value for f in found.values()]]
+        axis.bar(list(found), [f.value for f in found.values()], yerr=errors, capsize=4)
+        axis.tick_params(axis="x", labelrotation=20)
+
+    prompts = f"{result.setting['reward_prompts']} held-out prompts"
     names = ("plain", "cards", "args_loop")
-    found = [result.figures[f"reward_{name}"] for name in names]
-    errors = [[f.value - f.low for f in found], [f.high - f.value for f in found]]
-    reward_axis.bar(names, [f.value for f in found], yerr=errors, capsize=4)
+    bars(time_axis, {way: median(result.samples["seconds"][way]) for way in WAYS})
+    time_axis.set(ylabel="seconds, answers of one length", title="one prompt at a time", ylim=0)
+    bars(all_axis, {name: median(result.samples["seconds_all_at_once"][name]) for name in names})
+    all_axis.set(ylabel="seconds an answer of each", title=f"{prompts}; the loop one by one", yscale="log")
+    bars(reward_axis, {name: result.figures[f"reward_{name}"] for name in names})
     reward_axis.axhline(0, color="black", linewidth=0.8)
-    reward_axis.set(ylabel="reward (judge-other)", title=f"{result.setting['reward_prompts']} held-out prompts")
+    reward_axis.set(ylabel="reward (judge-other)", title=prompts)
     for way, dear in result.samples["sampled_tokens_per_token"].items():
         cost, reward = mean(dear), result.figures[f"reward_{way}"]
         trade_axis.errorbar(

@@ -27,6 +27,7 @@ import numpy as np
 import psutil
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -42,6 +43,12 @@ SPAN = 64
 """Columns that a step looks at are a multiple of this."""
 BLOCK = 32
 """Prompt tokens that one digest stands for; see `Companion.enter`."""
+RECORDED_TOKENS = 1024
+"""Most tokens of a recorded pass, padding included. With more of them a GPU is busy enough without."""
+RECORDED_SPAN = 256
+"""The shortest span of recorded passes; the others are twice as long, each than the one before."""
+COMMON_CANDIDATES = 10
+"""Passes are recorded for so many candidates of a row, which is ARGS' default, and for the most that may be asked."""
 
 
 class Companion:
@@ -57,6 +64,7 @@ class Companion:
         entries: E, as in `processors.rows.Layout`.
         max_len: longest sequence of the engine, in tokens. ``options`` may name another: with a tokenizer of its own
             a companion may need more.
+        graphs: whether to `record` the passes of decoding as CUDA graphs, on a device that has them.
 
     Raises:
         OptionError: the model cannot be a companion, or does not fit into memory.
@@ -73,6 +81,7 @@ class Companion:
         rows: int,
         entries: int,
         max_len: int,
+        graphs: bool = False,
     ) -> None:
         self.name, self.role, self.device = name, options.role, device
         where = f"additional_config.align_spec.companions.{name}"
@@ -123,7 +132,15 @@ class Companion:
         self._stepped = np.zeros(self.slots, dtype=np.int64)  # when it was last fed
         self._ticks = 0
         self._waiting: dict[int, tuple[torch.Tensor, int]] = {}  # entry -> its tokens, and how many are cached already
+        self._recorded: dict[tuple[int, int, int], torch.cuda.CUDAGraph | None] = {}
         self._check(where)
+        if graphs and device.type == "cuda":
+            self.record(rows)
+            try:
+                self._check(where)
+            except OptionError as error:
+                self._recorded.clear()
+                logger.warning("Companion %s runs without CUDA graphs, which say something else: %s", name, error)
         logger.info(
             "Companion %s: %s, %d slots of %d tokens, %.1f MiB of weights, %.1f MiB of cache",
             *(name, options.model, self.slots, self.max_len, self.weight_bytes / 2**20, self.cache_bytes / 2**20),
@@ -400,11 +417,12 @@ class Companion:
         Returns:
             [B, Q, H], after the model's final norm.
         """
-        span = min(-(-span // SPAN) * SPAN, self.columns - 1)
         wide = int(slots.max(initial=-1)) + 1
+        if shape := self._shape_of(wide, len(slots), tokens.shape[1], span):
+            return self._replay(shape, slots, [tokens, column, limit, place, column if start is None else start])
+        span = min(-(-span // SPAN) * SPAN, self.columns - 1)
         in_order = bool((slots == np.arange(len(slots))).all())
         line = None if in_order else send(slots, self.device)
-        columns = self._cache.columns
         here: slice | torch.Tensor
         dense = line is not None and wide <= 2 * len(slots)
         if line is not None and dense:
@@ -421,6 +439,22 @@ class Companion:
         else:
             at = torch.arange(len(slots), device=self.device) if line is None else line
             here = slice(len(slots)) if line is None else line
+        hidden = self._pass(tokens, column, limit, place, start, at, here, span)
+        return hidden[line] if dense else hidden
+
+    def _pass(
+        self,
+        tokens: torch.Tensor,
+        column: torch.Tensor,
+        limit: torch.Tensor,
+        place: torch.Tensor,
+        start: torch.Tensor | None,
+        at: torch.Tensor,
+        here: slice | torch.Tensor,
+        span: int,
+    ) -> torch.Tensor:
+        """What of `_forward` happens on the device: ``at`` [B] and ``here`` both name the slots. Of fixed sizes, and
+        nothing in it waits for the device, so it can be recorded."""
         seen = torch.arange(span, device=self.device)
         itself = seen == column[..., None]
         if start is not None:
@@ -428,22 +462,93 @@ class Companion:
         sees = (seen <= limit[..., None]) | itself
         group = self._cache.group(self._model.config)
         mask = torch.zeros(sees.shape, dtype=self._cache.dtype, device=self.device).masked_fill_(~sees, -torch.inf)
-        self._cache.point((at[:, None] * columns + column).reshape(-1), here, span)
-        hidden = self._body(
+        self._cache.point((at[:, None] * self._cache.columns + column).reshape(-1), here, span)
+        hidden: torch.Tensor = self._body(
             input_ids=tokens,
             position_ids=place,
             past_key_values=self._cache,
             use_cache=False,
             companion_mask=mask[:, None].repeat(1, 1, group, 1),
         ).last_hidden_state
-        return hidden[line] if dense else hidden  # type: ignore[no-any-return]
+        return hidden
+
+    # Recorded passes -------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def record(self, rows: int) -> None:
+        """Makes the passes of decoding such that a CUDA device launches each as one graph.
+
+        Their shapes are fixed: numbers of lines, each twice the one before; tokens of a line, with drafts and without;
+        columns that are seen. Steps in between are padded, and what fits no shape runs as it is. Where something in the
+        model cannot be recorded, nothing is. A CPU has no graphs; there this only fixes the shapes.
+
+        Args:
+            rows: L, as for the constructor.
+        """
+        candidates = {min(COMMON_CANDIDATES, self.max_candidates), self.max_candidates}
+        lines = _doubling(1, self.slots)
+        queries = sorted({row * (1 + k) for row in (1, rows) for k in candidates})
+        spans = _doubling(RECORDED_SPAN, self.columns - 1)
+        size = max((a * b for a in lines for b in queries if a * b <= RECORDED_TOKENS), default=0)
+        rest = [0, self.columns - 1, 0, 0, self.columns - 1]
+        self._rest = torch.tensor(rest, device=self.device).view(5, 1, 1)
+        self._inputs = self._rest.view(5, 1).repeat(1, size)
+        width = self._model.config.get_text_config().hidden_size
+        self._hidden = torch.zeros(size, width, dtype=self._cache.dtype, device=self.device)
+        shapes = [(a, b, c) for c in reversed(spans) for b in queries for a in reversed(lines) if a * b <= size]
+        pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        try:
+            for shape in tqdm(shapes, f"companion {self.name}: passes", disable=pool is None):
+                graph = None
+                if pool is not None:
+                    self._fixed(*shape)  # allocates and chooses kernels, which a capture cannot
+                    torch.cuda.synchronize(self.device)
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                        self._fixed(*shape)
+                self._recorded[shape] = graph
+        except RuntimeError as error:
+            self._recorded.clear()
+            logger.warning("Companion %s runs without CUDA graphs: %s", self.name, error)
+        self._ladders = lines, queries, spans
+
+    def _shape_of(self, wide: int, requests: int, queries: int, span: int) -> tuple[int, int, int] | None:
+        """The recorded shape for a pass over slots below ``wide``, or None."""
+        if not self._recorded or wide > 2 * requests:
+            return None
+        wanted = (wide, queries, span)
+        fits = [next((one for one in ladder if one >= n), 0) for n, ladder in zip(wanted, self._ladders, strict=True)]
+        shape = (fits[0], fits[1], fits[2])
+        return shape if shape in self._recorded else None
+
+    def _replay(
+        self, shape: tuple[int, int, int], slots: np.ndarray[Any, Any], values: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        lines, queries, _ = shape
+        used, line = values[0].shape[1], send(slots, self.device)
+        inputs = self._inputs[:, : lines * queries].view(5, lines, queries)
+        inputs.copy_(self._rest)
+        inputs[:, :, :used].index_copy_(1, line, torch.stack(list(values)))
+        graph = self._recorded[shape]
+        if graph is None:
+            self._fixed(*shape)
+        else:
+            graph.replay()
+        return self._hidden[: lines * queries].view(lines, queries, -1)[line, :used]
+
+    def _fixed(self, lines: int, queries: int, span: int) -> None:
+        """A pass over the first slots, from `_inputs` to `_hidden`."""
+        tokens, column, limit, place, start = self._inputs[:, : lines * queries].view(5, lines, queries)
+        at = torch.arange(lines, device=self.device)
+        hidden = self._pass(tokens, column, limit, place, start, at, slice(lines), span)
+        self._hidden[: lines * queries].copy_(hidden.flatten(0, 1))
 
     def _check(self, where: str) -> None:
         """Refuses an architecture that this file does not compute as transformers does."""
         generator = torch.Generator().manual_seed(0)
         vocabulary = self._model.config.get_text_config().vocab_size
         tokens = torch.randint(vocabulary, (1, min(24, self.max_len - 2)), generator=generator).to(self.device)
-        n = tokens.shape[1] - 3
+        n, candidates = tokens.shape[1] - 3, min(1, self.max_candidates)
         expected = self._model.config.name_or_path
         with torch.inference_mode():
             plain = self._body(input_ids=tokens, use_cache=False).last_hidden_state
@@ -453,12 +558,12 @@ class Companion:
             one = np.zeros(1, dtype=np.int64)
             ours = self._step(
                 one, torch.full((1,), n, device=self.device), torch.ones_like(tokens[0, :1]), tokens[:, n : n + 1],
-                torch.zeros_like(tokens[:, :1]), tokens[:, n + 1 : n + 2, None, None],
+                torch.zeros_like(tokens[:, :1]), tokens[:, n + 1 : n + 1 + candidates].view(1, 1, candidates, 1),
             )  # fmt: skip
         self.leave(0)
         self._bound[:] = 0
         self._digests = [()] * self.slots
-        reference = plain[:, n : n + 2].float()
+        reference = plain[:, n : n + 1 + candidates].float()
         error = (ours.float() - reference).abs().max().item()
         if not error <= 0.05 * (1 + reference.abs().max().item()):
             raise OptionError(
@@ -516,6 +621,15 @@ def _attend(
     folded = query.reshape(lines, key.shape[1], -1, dim)
     out = F.scaled_dot_product_attention(folded, key, value, attn_mask=companion_mask, scale=scaling)
     return out.reshape(lines, heads, queries, dim).transpose(1, 2), None
+
+
+def _doubling(first: int, last: int) -> list[int]:
+    """``first``, twice that, and so on, and ``last``."""
+    found = []
+    while first < last:
+        found.append(first)
+        first *= 2
+    return [*found, last]
 
 
 def repeat_last(values: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

@@ -64,6 +64,7 @@ def _load(
             rows=fed,
             entries=entries,
             max_len=config.model_config.max_model_len,
+            graphs=not config.model_config.enforce_eager,
         )
 
     tokenizers = _other_tokens(config.model_config, name, options)

@@ -33,6 +33,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from vllm_align_spec import registry
 from vllm_align_spec.engine import companions, control
+from vllm_align_spec.engine.grammars import Grammars
 from vllm_align_spec.engine.output import Assembler, choice_params, rows
 from vllm_align_spec.engine.pilot import Pilot
 from vllm_align_spec.metrics import metrics
@@ -159,6 +160,10 @@ class Frontend:
             name: asyncio.Semaphore(one.max_slots) for name, one in self.facts.companions.items() if one.max_slots
         }
         self._ended = False  # a request, whose report was asked for
+        self._grammars = Grammars()
+        launch = uuid.uuid4().hex
+        self.worker_ids = (f"{launch}-{n}" for n in itertools.count())
+        """Names for inner requests that workers report of; nobody else's are the same."""
         self.collector = ReportCollector(self._ask_workers)
         self.reports = ReportStore(self.options.reports, self.collector.hurry)
         self._strategies = {strategy.method: strategy for strategy in registry.strategies()}
@@ -248,12 +253,7 @@ class Frontend:
             bends[f"lora_request={adapter.lora_name!r}"] = "name the base model"
         truncates = _truncates(params) if strategy.method in ("asap", "cards") else {}
         if strategy.method == "bon" or not (bends or truncates):
-            params.verify(
-                engine.model_config,
-                engine.vllm_config.speculative_config,
-                engine.vllm_config.structured_outputs_config,
-                engine.renderer.tokenizer,
-            )
+            self._verify(params)
         text = rendered.get("prompt") or kwargs.get("prompt_text")
         request = Request(
             options=options,
@@ -279,6 +279,26 @@ class Frontend:
         inherited: dict[str, Any] = {key: rendered[key] for key in ("cache_salt", "arrival_time") if key in rendered}
         inner_kwargs = {key: value for key, value in kwargs.items() if key != "prompt_text"}
         return Call(original, strategy, request, params, request_id, inherited, inner_kwargs)
+
+    def _verify(self, params: SamplingParams) -> None:
+        """vLLM's own checks, those of a known grammar left out."""
+        engine = self.engine
+        text = _grammar(params)
+        known = None if text is None else self._grammars.get(text)
+        others = params
+        if known is not None:
+            others = copy(params)
+            others.structured_outputs = None
+        others.verify(
+            engine.model_config,
+            engine.vllm_config.speculative_config,
+            engine.vllm_config.structured_outputs_config,
+            engine.renderer.tokenizer,
+        )
+        if known is not None:
+            params.structured_outputs = known
+        elif text is not None and params.structured_outputs is not None:
+            self._grammars.put(text, params.structured_outputs)
 
     def _scope(self, cache_salt: str | None, adapter: Any) -> str:
         salt = cache_salt or ""
@@ -583,7 +603,7 @@ class _Choice:
             changed["seed"] = seed
         control_ids: Mapping[int, str] = {}
         if arguments is not None:
-            worker_id = uuid.uuid4().hex
+            worker_id = next(self._frontend.worker_ids)
             if reported:
                 self.ask()
                 self._worker_id = worker_id
@@ -830,7 +850,7 @@ def _truncates(params: SamplingParams) -> dict[str, str]:
 
 
 def _grammar(params: SamplingParams) -> str | None:
-    """The structured output of verified parameters in one text; what the backend makes of it depends on its order."""
+    """The structured output in one text; what the backend makes of it depends on its order."""
     wanted = params.structured_outputs
     if wanted is None:
         return None
