@@ -145,7 +145,7 @@ def test_the_inner_request_is_what_the_worker_expects():
     assert request_id == "cmpl-1-0"
     assert kwargs == {"priority": 4}
     extra = dict(params.extra_args)
-    assert len(extra.pop("align_spec_id")) == 32
+    assert re.fullmatch(r"[0-9a-f]{32}-\d+", extra.pop("align_spec_id"))
     assert extra == {
         "other": 1,
         "wsd": "shared",
