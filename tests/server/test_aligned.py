@@ -161,6 +161,7 @@ def test_metrics_count_attempts_and_show_the_store(server):
     assert server.metric("align_spec:asap_bytes") > 0
     assert server.metric("align_spec:asap_mass_at_root_count") > 0
     assert server.metric("align_spec:asap_host_seconds_count") > 0
+    assert server.metric("align_spec:verified_grammar_bytes") > 0
 
 
 @pytest.mark.slow
