@@ -49,7 +49,7 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
         gc.collect()
         base = str(lab.model_path("base"))
         with start_engine(base, "the lab's base model", max_model_len=512, max_num_seqs=64) as engine:
-            with part("throughput", 7 if quick else 20) as tick:
+            with part("throughput", 7 if quick else 27) as tick:
                 asap_records.throughput(engine, result, quick, tick)
             asap_records.device_shares(result)
             with part("truncation", 3) as tick:
@@ -69,6 +69,7 @@ def run(*, quick: bool, json_file: Path | None, out: Path) -> None:
 
 _FIRST = (
     "throughput",
+    "requests",
     "valid",
     "host_share",
     "device_share",

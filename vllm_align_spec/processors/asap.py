@@ -53,6 +53,7 @@ class State(IntEnum):
 FILE = "tries.safetensors"
 
 _Int = np.ndarray[Any, np.dtype[np.int64]]
+_Int32 = np.ndarray[Any, np.dtype[np.int32]]
 _Float = np.ndarray[Any, np.dtype[np.float64]]
 
 ATTEMPT = np.dtype(
@@ -77,6 +78,8 @@ PLACE = np.dtype(
         ("out", np.int64),  # tokens out before row 0 of the next step; as many rows were reached
         ("parent", np.int32),  # node of the row in which the latest token was drawn; -1 if it has none
         ("token", np.int64),  # that token
+        ("node", np.int32),  # where it leads to from the parent, if that was visited before; else -1, and
+        ("until", np.int32),  # this child of the parent and all older ones do not have that token; -1: it has none
         ("log_p", np.float64),  # its log P
         ("log_h", np.float64),  # the log h with which it was drawn
         ("log_w", np.float64),  # sum of log rho
@@ -89,7 +92,7 @@ PLACE = np.dtype(
 class Known(NamedTuple):
     """What a step knows of its rows before they are drawn, on the host."""
 
-    node: np.ndarray[Any, np.dtype[np.int32]]  # [S, L] the tries' nodes, -1 for none
+    node: _Int32  # [S, L] the tries' nodes, -1 for none
     offsets: _Int  # [S * L + 1] row i's visited children are `child[offsets[i]:offsets[i + 1]]`
     child: _Int  # [K] token ids
     child_log_c: _Float  # [K] log c~ of each
@@ -155,9 +158,9 @@ class _Step:
     """A step's rows on their way back from the device."""
 
     entry: _Int  # [S]
-    count: _Int  # [S]
     draft: _Int  # [S, L]
-    node: np.ndarray[Any, np.dtype[np.int32]]  # [S, L]
+    known: Known
+    child_node: _Int32  # [K] the tries' nodes of `known.child`
     numbers: torch.Tensor  # [9, S, L] on the host: `NUMBERS`
     arrived: torch.cuda.Event | None
     turn: int
@@ -271,7 +274,7 @@ class AsapProcessor(Processor):
         for name in ("state", "nodes", "seconds"):
             attempt[name] = 0
         attempt["log_h0"] = -np.inf
-        self._place[entry] = self._before[entry] = (0, -1, -1, 0.0, 0.0, 0.0, 0.0)
+        self._place[entry] = self._before[entry] = (0, -1, -1, -1, -1, 0.0, 0.0, 0.0, 0.0)
         self._ends[entry] = -1
         self._ends[entry, : len(ends)] = ends
 
@@ -296,7 +299,7 @@ class AsapProcessor(Processor):
         began = time.perf_counter()
         self._settle(before=self._turn)
         e, draft, count = rows.entry_np, np.ascontiguousarray(host.draft), host.count.copy()
-        found = self._look_up(*self._state, e, np.ascontiguousarray(host.position), count, draft)
+        *found, child_node = self._look_up(*self._state, e, np.ascontiguousarray(host.position), count, draft)
         known = Known._make((*found, self._ends[e], count))
         host_seconds = time.perf_counter() - began
 
@@ -307,16 +310,18 @@ class AsapProcessor(Processor):
             unmasked = row_logsumexp(rows.logits, rows.index.reshape(-1), scale).view(rows.index.shape)
         assert rows.control is not None
         numbers = decide(rows.logits, rows.index, unmasked, rows.draft, rows.control, known)
-        self._send_back(e, draft, known, numbers, host_seconds)
+        self._send_back(e, draft, known, child_node, numbers, host_seconds)
         return torch.full_like(rows.count, width)
 
-    def _send_back(self, e: _Int, draft: _Int, known: Known, numbers: torch.Tensor, seconds: float) -> None:
+    def _send_back(
+        self, e: _Int, draft: _Int, known: Known, child_node: _Int32, numbers: torch.Tensor, seconds: float
+    ) -> None:
         arrived = None
         if numbers.is_cuda:
             numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self._steps.append(_Step(e, known.rows, draft, known.node, numbers, arrived, self._turn, seconds))
+        self._steps.append(_Step(e, draft, known, child_node, numbers, arrived, self._turn, seconds))
 
     def _settle(self, *, before: int | None = None, wait: bool = True) -> None:
         """Takes in the steps of earlier turns than ``before`` (or all), or of them those that have arrived."""
@@ -331,9 +336,12 @@ class AsapProcessor(Processor):
             self._take_in(
                 *self._state,
                 step.entry,
-                step.count,
+                step.known.rows,
                 step.draft,
-                step.node,
+                step.known.node,
+                step.known.offsets,
+                step.known.child,
+                step.child_node,
                 step.numbers.numpy(),
             )
             seconds = step.seconds + time.perf_counter() - began

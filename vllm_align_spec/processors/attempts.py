@@ -43,6 +43,12 @@ def _is_end(ends: _Array, token: int) -> bool:
 
 
 @jit
+def _newest(offsets: _Array, child_node: _Array, row: int) -> int:
+    """The newest of the visited children of a row's node; -1 if it has none."""
+    return child_node[offsets[row]] if offsets[row] < offsets[row + 1] else np.int32(-1)  # type: ignore[no-any-return]
+
+
+@jit
 def look_up(
     arena: Arena,
     attempt: _Array,
@@ -68,7 +74,7 @@ def look_up(
         draft: [S, L] int64.
 
     Returns:
-        the fields of `asap.Known` up to ``otherwise``.
+        the fields of `asap.Known` up to ``otherwise``, and the nodes, [K] int32, of the visited children.
     """
     nodes, tries = arena[0], arena[1]
     requests, width = draft.shape
@@ -98,7 +104,10 @@ def look_up(
             if r == 0 and out == 0:
                 node[s, 0] = tries[a.trie].root if a.trie >= 0 else -1
             elif r == 0:
-                node[s, 0] = find(nodes, at.parent, at.token) if drawing and at.parent >= 0 else -1
+                if drawing and at.parent >= 0 and at.node < 0:
+                    at.node = find(nodes, at.parent, at.token, at.until)
+                    at.until = nodes[at.parent].first_child
+                node[s, 0] = at.node if drawing else -1
             elif r < count[s] and not lost and node[s, r - 1] >= 0:
                 node[s, r] = find(nodes, node[s, r - 1], draft[s, r - 1])
             of_rows[0, s, r] = uniform(a.seed, 2 * (out + r))
@@ -118,8 +127,8 @@ def look_up(
         of_requests[0, s], of_requests[1, s] = a.inverse_temperature, at.log_bank
         of_requests[2, s] = 1.0 if out == 0 else 0.0
         otherwise[s] = _FAIL if a.state == _FAILED else _ABANDON
-    offsets, child, child_log_c, _ = children(nodes, node.reshape(-1))
-    return node, offsets, child, child_log_c, of_rows, of_requests, limits, otherwise
+    offsets, child_node, child, child_log_c = children(nodes, node.reshape(-1))
+    return node, offsets, child, child_log_c, of_rows, of_requests, limits, otherwise, child_node
 
 
 @jit
@@ -133,6 +142,9 @@ def take_in(
     count: _Array,
     draft: _Array,
     known: _Array,
+    offsets: _Array,
+    child: _Array,
+    child_node: _Array,
     numbers: _Array,
 ) -> None:
     """What a step's rows said: into the tries, and to where its attempts stand.
@@ -146,7 +158,8 @@ def take_in(
         entry: [S] int64.
         count: [S] int64, as `look_up` left it.
         draft: [S, L] int64.
-        known: [S, L] int32, the nodes that `look_up` found.
+        known: [S, L] int32, the nodes that `look_up` found; ``offsets``, ``child`` and ``child_node`` are their
+            visited children.
         numbers: [9, S, L] float64: `asap.NUMBERS`.
     """
     log_h, unvisited, token = numbers[0], numbers[1], numbers[2]
@@ -171,7 +184,7 @@ def take_in(
             agrees = agrees and alive[s, r] > 0 and np.int64(token[s, r]) == draft[s, r]
 
     trie, parent_row, tokens = np.empty(seen, np.int64), np.full(seen, -1, np.int64), np.empty(seen, np.int64)
-    node, parent = np.empty(seen, np.int32), np.full(seen, -1, np.int32)
+    node, parent, until = np.empty(seen, np.int32), np.full(seen, -1, np.int32), np.full(seen, -1, np.int32)
     log_p, mass = np.empty(seen), np.empty(seen)
     for i in range(seen):
         s, r = at[0, i], at[1, i]
@@ -179,9 +192,11 @@ def take_in(
         trie[i], node[i], mass[i] = attempt[e].trie, known[s, r], unvisited[s, r]
         if r > 0:
             parent_row[i], tokens[i], log_p[i] = i - 1, draft[s, r - 1], draft_log_p[s, r - 1]
+            until[i] = _newest(offsets, child_node, s * width + r - 1)
         else:
             parent[i], tokens[i], log_p[i] = place[e].parent, place[e].token, place[e].log_p
-    node = record(arena, trie, node, parent_row, parent, tokens, log_p, mass)
+            until[i] = place[e].until
+    node = record(arena, trie, node, parent_row, parent, tokens, log_p, mass, until)
     for i in range(seen):
         s, r = at[0, i], at[1, i]
         if node[i] >= 0 and known[s, r] < 0:
@@ -203,6 +218,11 @@ def take_in(
         place[e].out += reached[s]
         place[e].parent = node[i + last]
         place[e].token = np.int64(token[s, last])
+        row = s * width + last
+        place[e].node, place[e].until = -1, _newest(offsets, child_node, row)
+        for j in range(offsets[row], offsets[row + 1]):
+            if child[j] == place[e].token:
+                place[e].node = child_node[j]
         place[e].log_p = token_log_p[s, last]
         place[e].log_h = token_log_h[s, last]
         place[e].log_bank = log_bank[s, last]
@@ -222,5 +242,6 @@ def warm_up() -> None:
     ends, entry, count = np.full((1, 1), -1), np.zeros(1, np.int64), np.zeros(1, np.int64)
     draft = np.full((1, 1), -1)
     attempt["trie"] = -1
-    known, *_ = look_up(tries.arena, attempt, place, before, ends, entry, count, count, draft)
-    take_in(tries.arena, attempt, place, before, ends, entry, count, draft, known, np.zeros((9, 1, 1)))
+    known, offsets, child, *_, node = look_up(tries.arena, attempt, place, before, ends, entry, count, count, draft)
+    of_rows = known, offsets, child, node, np.zeros((9, 1, 1))
+    take_in(tries.arena, attempt, place, before, ends, entry, count, draft, *of_rows)

@@ -131,12 +131,14 @@ def _without(unvisited: float, log_p: float) -> float:
 
 
 @jit
-def find(nodes: _Records, node: int, token: int) -> int:
-    """The visited child of a node by a token; -1 if there is none."""
+def find(nodes: _Records, node: int, token: int, until: int = -1) -> int:
+    """The visited child of a node by a token; -1 if there is none.
+
+    New children come first in the list, so who knows that it is not ``until`` or one behind it asks the newer ones."""
     child = nodes[node].first_child
-    while child >= 0 and nodes[child].token != token:
+    while child >= 0 and child != until and nodes[child].token != token:
         child = nodes[child].next_sibling
-    return child  # type: ignore[no-any-return]
+    return child if child != until else -1  # type: ignore[no-any-return]
 
 
 @jit
@@ -219,9 +221,17 @@ def _queue(nodes: _Records, node: int, dirty: _Int, count: int) -> int:
 
 @jit
 def record(
-    arena: Arena, trie: _Int, node: _Int32, parent_row: _Int, parent: _Int32, token: _Int, log_p: _Float, legal: _Float
+    arena: Arena,
+    trie: _Int,
+    node: _Int32,
+    parent_row: _Int,
+    parent: _Int32,
+    token: _Int,
+    log_p: _Float,
+    legal: _Float,
+    until: _Int32,
 ) -> _Int32:
-    """See `Tries.record`."""
+    """See `Tries.record`; ``until`` [R] is what `find` may stop at where a row has no node."""
     nodes, tries, _, _ = arena
     rows = len(trie)
     out = np.full(rows, -1, np.int32)
@@ -248,7 +258,7 @@ def record(
         u = out[parent_row[i]] if parent_row[i] >= 0 else parent[i]
         if (u < 0 and parent_row[i] >= 0) or (u < 0) != (token[i] < 0):
             continue
-        made = tries[trie[i]].root if u < 0 else find(nodes, u, token[i])
+        made = tries[trie[i]].root if u < 0 else find(nodes, u, token[i], until[i])
         if made < 0 and not full:
             mass = _at_most_zero(log_p[i]) if u >= 0 else 0.0
             made = _insert(arena, trie[i], u, token[i], mass, 0.0, _at_most_zero(legal[i]))
@@ -308,8 +318,8 @@ def _child(nodes: _Records, node: _Int32, token: _Int) -> _Int32:
 
 
 @jit
-def children(nodes: _Records, node: _Int32) -> tuple[_Int, _Int, _Float, _Float]:
-    """See `Tries.children`."""
+def children(nodes: _Records, node: _Int32) -> tuple[_Int, _Int32, _Int, _Float]:
+    """Offsets, nodes, tokens and log c~ of the visited children, the newest first; see `Tries.children`."""
     rows = len(node)
     offsets = np.zeros(rows + 1, np.int64)
     # All lists at once, one child of each in turn: in a large trie every child is a miss of the processor's caches, and
@@ -331,13 +341,14 @@ def children(nodes: _Records, node: _Int32) -> tuple[_Int, _Int, _Float, _Float]
         going = left
     for i in range(rows):
         offsets[i + 1] += offsets[i]
-    token, log_c, log_p = np.empty(offsets[-1], np.int64), np.empty(offsets[-1]), np.empty(offsets[-1])
+    found = np.empty(offsets[-1], np.int32)
+    token, log_c = np.empty(offsets[-1], np.int64), np.empty(offsets[-1])
     for i in range(rows):
         at = nodes[node[i]].first_child if node[i] >= 0 else np.int32(-1)
         for k in range(offsets[i], offsets[i + 1]):
-            token[k], log_c[k], log_p[k] = nodes[at].token, nodes[at].log_c, nodes[at].log_p
+            found[k], token[k], log_c[k] = at, nodes[at].token, nodes[at].log_c
             at = nodes[at].next_sibling
-    return offsets, token, log_c, log_p
+    return offsets, found, token, log_c
 
 
 @jit
@@ -539,7 +550,8 @@ class Tries:
             offsets [R+1] int64: those of row i are at offsets[i] to offsets[i+1] of the others; tokens [K] int64;
             log c~ [K] float64; log P of the token [K] float64.
         """
-        return children(self._nodes, _array(nodes, np.int32))
+        offsets, node, token, log_c = children(self._nodes, _array(nodes, np.int32))
+        return offsets, token, log_c, self._nodes["log_p"][node]
 
     def log_c(self, nodes: _Int32) -> _Float:
         """log c~, [R] float64, of [R] nodes; 0 for -1, since nothing is known of what was not visited."""
@@ -582,6 +594,7 @@ class Tries:
             _array(token, np.int64),
             _array(log_p, np.float64),
             _array(unvisited, np.float64),
+            np.full(len(trie), -1, np.int32),
         )
 
     def save(self, path: Path, header: Mapping[str, str]) -> None:
