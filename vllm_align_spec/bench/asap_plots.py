@@ -40,13 +40,12 @@ def _points(axis: Axes, x: Sequence[float], figures: Sequence[Figure], **style: 
 def _costs(result: Result, out: Path) -> None:
     (ratio_axis, share_axis, growth_axis), save = axes(out, "asap", 3, "Cost of grammar-aligned sampling, lab base")
     lanes = [str(n) for n in THROUGHPUT_LANES]
-    _points(ratio_axis, range(3), [result.figures[f"throughput_ratio_{n}"] for n in THROUGHPUT_LANES])
+    for name, label in (("requests", "requests answered"), ("throughput", "tokens received")):
+        _points(ratio_axis, range(3), [result.figures[f"{name}_ratio_{n}"] for n in THROUGHPUT_LANES], label=label)
     ratio_axis.axhline(1, color="black", linewidth=0.8)
     ratio_axis.axhline(0.9, color="grey", linewidth=0.8, linestyle="--", label="aim at 16 and 64")
     ratio_axis.set_xticks(range(3), lanes)
-    ratio_axis.set(
-        xlabel="concurrent requests", ylabel="adaptive / mask alone", ylim=(0, None), title="tokens received per second"
-    )
+    ratio_axis.set(xlabel="concurrent requests", ylabel="adaptive / mask alone", ylim=(0, None), title="throughput")
     ratio_axis.legend(fontsize=7)
     _points(share_axis, range(3), [result.figures[f"host_share_{n}"] for n in THROUGHPUT_LANES], label="host work")
     _points(

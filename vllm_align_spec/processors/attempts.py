@@ -45,7 +45,7 @@ def _is_end(ends: _Array, token: int) -> bool:
 @jit
 def _newest(offsets: _Array, child_node: _Array, row: int) -> int:
     """The newest of the visited children of a row's node; -1 if it has none."""
-    return child_node[offsets[row]] if offsets[row] < offsets[row + 1] else np.int32(-1)  # type: ignore[no-any-return]
+    return int(child_node[offsets[row]]) if offsets[row] < offsets[row + 1] else -1
 
 
 @jit

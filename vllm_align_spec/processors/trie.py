@@ -138,7 +138,7 @@ def find(nodes: _Records, node: int, token: int, until: int = -1) -> int:
     child = nodes[node].first_child
     while child >= 0 and child != until and nodes[child].token != token:
         child = nodes[child].next_sibling
-    return child if child != until else -1  # type: ignore[no-any-return]
+    return child if child != until else -1
 
 
 @jit
