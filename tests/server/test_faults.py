@@ -79,7 +79,7 @@ def test_requests_that_are_preempted_all_come_to_their_end(server):
     before = server.metric("vllm:num_preemptions_total")
     jobs = [name for name in METHODS if name != "deal"] * 3
     with ThreadPoolExecutor(len(jobs)) as pool:
-        answers = list(pool.map(lambda name: ask(server, name, 300), jobs))
+        answers = list(pool.map(lambda name: ask(server, name, 300, timeout=300), jobs))
     assert server.metric("vllm:num_preemptions_total") > before
     for name, answer in zip(jobs, answers, strict=True):
         if name in ("plain", "wsd", "args", "cards"):
