@@ -407,9 +407,8 @@ class Engine:
             index=torch.tensor(index, device=self.device),
             count=torch.tensor(kept, device=self.device),
             position=torch.tensor(position, device=self.device),
-            fed=torch.zeros(len(entry), dtype=torch.int64, device=self.device),
+            fed=lambda: torch.zeros(len(entry), dtype=torch.int64, device=self.device),
             draft=torch.tensor(draft, device=self.device),
-            entry=torch.from_numpy(entry).to(self.device),
             entry_np=entry,
             unmasked=torch.tensor(unmasked, dtype=torch.float32, device=self.device),
         )

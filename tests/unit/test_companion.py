@@ -117,14 +117,19 @@ def test_equals_a_plain_forward_over_the_whole_sequence(seed, judge, pilot, plai
     follow_a_plain_forward(seed, judge, pilot, plain_judge, plain_pilot)
 
 
-@settings(deadline=None, max_examples=20)
-@given(seed=st.integers(0, 2**32 - 1))
-def test_passes_of_fixed_shapes_say_the_same(seed, recorded_judge, recorded_pilot, plain_judge, plain_pilot):
+def test_passes_of_fixed_shapes_say_the_same(recorded_judge, recorded_pilot, plain_judge, plain_pilot):
     """What a GPU replays as graphs: the same steps, padded. (The graphs themselves need a GPU.)"""
     with torch.inference_mode():
         for second in (recorded_judge, recorded_pilot):
             second._hidden.zero_()
-    follow_a_plain_forward(seed, recorded_judge, recorded_pilot, plain_judge, plain_pilot)
+
+    @settings(deadline=None, max_examples=20)
+    @given(seed=st.integers(0, 2**32 - 1))
+    def follow(seed):
+        follow_a_plain_forward(seed, recorded_judge, recorded_pilot, plain_judge, plain_pilot)
+
+    follow()
+    # Not every seed has a pass that fits.
     assert recorded_judge._hidden.any()
     assert recorded_pilot._hidden.any()
 
@@ -310,8 +315,8 @@ def rows_of(logits, position, fed):
     requests = len(logits)
     return Rows(
         logits=logits, index=torch.arange(requests)[:, None], count=torch.ones(requests, dtype=torch.int64),
-        position=torch.tensor(position), fed=torch.tensor(fed), draft=torch.full((requests, 1), -1),
-        entry=torch.arange(requests), entry_np=np.arange(requests),
+        position=torch.tensor(position), fed=lambda: torch.tensor(fed), draft=torch.full((requests, 1), -1),
+        entry_np=np.arange(requests),
     )  # fmt: skip
 
 

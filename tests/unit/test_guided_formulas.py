@@ -123,9 +123,8 @@ def test_rows_of_others_stay_where_requests_have_unequal_numbers_of_rows():
             index=torch.tensor([[2, 2, 2, 2], [4, 5, 6, 7]]),
             count=torch.tensor([1, 4]),
             position=torch.tensor([3, 3]),
-            fed=torch.tensor([0, 0]),
+            fed=lambda: torch.tensor([0, 0]),
             draft=torch.tensor([[-1, -1, -1, -1], [1, 2, 3, -1]]),
-            entry=torch.tensor([0, 1]),
             entry_np=np.array([0, 1]),
         )
     )

@@ -43,9 +43,8 @@ def step(proc, entry, out, p_of_drafts, tokens):
             index=torch.arange(n + 1)[None],
             count=torch.tensor([n + 1]),
             position=position,
-            fed=torch.tensor([0]),
+            fed=lambda: torch.tensor([0]),
             draft=torch.tensor([[*tokens, -1]]),
-            entry=torch.tensor([entry]),
             entry_np=np.array([entry]),
         )
     )

@@ -26,7 +26,7 @@ from vllm_align_spec import options, registry
 from vllm_align_spec.engine import companions, control, v1, v2
 from vllm_align_spec.patches import STATE
 from vllm_align_spec.processors.asap import AsapProcessor
-from vllm_align_spec.processors.rows import Control, Layout, Processor, Rows, force, mask, row_logsumexp, send, take
+from vllm_align_spec.processors.rows import Control, Layout, Processor, Rows, force, mask, row_logsumexp, send
 
 logger = logging.getLogger("vllm.align_spec")
 
@@ -75,10 +75,15 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         self._ids: list[str | None] = [None] * slots
         self._entry = np.full(slots, -1, dtype=np.int64)  # slot -> entry, -1 for requests that are not ours
         self._wants = {p.method: np.zeros(slots, dtype=bool) for p in self._processors}
+        # As above, of the methods that read `Rows.unmasked`.
+        self._wants_unmasked = [self._wants[p.method] for p in self._processors if p.grammar]
         self.drafts_are_real = np.ones(slots, dtype=bool)
+        self.no_drafts = torch.full((slots, 1), -1, device=device)
+        self.no_offset = np.zeros(slots, dtype=np.int64)
         self._placed = 0  # requests of ours in the batch
         self._inverse_temperature = np.ones(slots, dtype=np.float32)
         self._unmasked = torch.zeros(slots, self.rows, device=device)
+        self._host_unmasked = None if self._unmasked.is_cuda else self._unmasked.numpy()  # the same memory
         self._masks = False  # whether this step's rows stand in `_unmasked`
         self.control_ids: torch.Tensor | None = None  # [control ids], once a request named them
         self.device = device
@@ -233,8 +238,10 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             self._enter()
         if self._placed:
             for processor in self._processors:
-                with self.guard(processor=processor):
+                try:
                     processor.flush()
+                except Exception as error:
+                    self.switch_off(None, processor, error)
 
     # Both ------------------------------------------------------------------------------------------------------
 
@@ -280,24 +287,29 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             slot: [M] slots of their requests.
             r: [M] each line's offset among the rows of its request.
         """
-        device = self.device
-        found = row_logsumexp(logits, send(line, device), send(self._inverse_temperature[slot], device))
-        if found.is_cuda:
-            self._unmasked[send(slot, device), send(r, device)] = found
+        scale, device = self._inverse_temperature[slot], self.device
+        if self._host_unmasked is not None:
+            from vllm_align_spec.processors import loops  # numba: only once a request needs it
+
+            self._host_unmasked[slot, r] = loops.row_logsumexp(logits, line, scale)
         else:
-            self._unmasked.numpy()[slot, r] = found.numpy()
+            found = row_logsumexp(logits, send(line, device), send(scale, device))
+            self._unmasked[send(slot, device), send(r, device)] = found
         self._masks = True
 
     def unmasked(self, processor: Processor, slots: np.ndarray[Any, Any], rows: int) -> torch.Tensor | None:
         """`Rows.unmasked` of the requests in these slots."""
-        return take(self._unmasked, slots)[:, :rows] if processor.grammar and self._masks else None
+        if not processor.grammar or not self._masks:
+            return None
+        if self._host_unmasked is not None:
+            return torch.from_numpy(self._host_unmasked[slots, :rows])
+        return self._unmasked[send(slots, self.device), :rows]
 
     def of_grammar(self, slots: np.ndarray[Any, Any] | slice) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """[number of slots] which of them hold requests whose method reads `Rows.unmasked`."""
-        found = np.zeros_like(self._entry[slots], dtype=bool)
-        for processor in self._processors:
-            if processor.grammar:
-                found |= self._wants[processor.method][slots]
+        found: np.ndarray[Any, np.dtype[np.bool_]] = self._wants_unmasked[0][slots]
+        for wants in self._wants_unmasked[1:]:
+            found = found | wants[slots]
         return found
 
     def slots_of(self, processor: Processor, slots: np.ndarray[Any, Any] | slice) -> np.ndarray[Any, Any]:

@@ -8,13 +8,15 @@ there the methods run on what vLLM samples from (`in_place`), after it took its 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from vllm_align_spec.processors.rows import Rows, send, take
+from vllm_align_spec.processors.rows import HostRows, Rows, send, take
 
 if TYPE_CHECKING:
     from vllm_align_spec.engine.facade import AlignSpecLogitsProcessor
@@ -75,15 +77,15 @@ def before_mask(scheduler_output: Any, input_batch: Any, logits: torch.Tensor) -
     if facade is None or not facade.busy:
         return
     with facade.guard():
-        wanted = np.flatnonzero(facade.of_grammar(slice(input_batch.num_reqs)))
-        if wanted.size:
-            drafts = scheduler_output.scheduled_spec_decode_tokens
-            first, slot, r = np.arange(input_batch.num_reqs), wanted, np.zeros_like(wanted)
-            if drafts:
-                count = np.array([1 + len(drafts.get(i, ())) for i in input_batch.req_ids])
-                first, count = np.cumsum(count) - count, count[wanted]
-                slot = np.repeat(wanted, count)
-                r = np.arange(len(slot)) - np.repeat(np.cumsum(count) - count, count)
+        wanted = facade.of_grammar(slice(input_batch.num_reqs)).nonzero()[0]
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        if wanted.size and not drafts:
+            facade.before_mask(logits, wanted, wanted, facade.no_offset[: wanted.size])
+        elif wanted.size:
+            count = np.array([1 + len(drafts.get(i, ())) for i in input_batch.req_ids])
+            first, count = np.cumsum(count) - count, count[wanted]
+            slot = np.repeat(wanted, count)
+            r = np.arange(len(slot)) - np.repeat(np.cumsum(count) - count, count)
             facade.before_mask(logits, first[slot] + r, slot, r)
 
 
@@ -102,13 +104,6 @@ def before_sample(runner: Any, logits: torch.Tensor | None, metadata: Any) -> No
                     _limit = _show(facade, runner, logits, metadata)
 
 
-def in_place(facade: AlignSpecLogitsProcessor, logits: torch.Tensor) -> None:
-    """Shows the rows of a step without drafts, in the tensor that is sampled from; vLLM's masks are there already."""
-    runner, facade.waiting = facade.waiting, None
-    with facade.guard():
-        _show(facade, runner, logits, None)
-
-
 class _Mine(NamedTuple):
     """The requests of a step that one method sees."""
 
@@ -118,53 +113,92 @@ class _Mine(NamedTuple):
     position: torch.Tensor  # [S], as in `Rows`
 
 
-def _show(facade: AlignSpecLogitsProcessor, runner: Any, logits: torch.Tensor, metadata: Any) -> torch.Tensor | None:
-    num_reqs = runner.input_batch.num_reqs
-    device = logits.device
-    drafts = np.zeros(num_reqs, np.int64) if metadata is None else np.asarray(metadata.num_draft_tokens, np.int64)
-    # Where among the step's inputs the token stands that was fed at each request's first row.
-    fed = runner.query_start_loc.np[1 : num_reqs + 1] - drafts - 1
-    kept = ~runner.discard_request_mask.np[:num_reqs]
+def _active(
+    facade: AlignSpecLogitsProcessor, runner: Any, fed: np.ndarray[Any, Any], kept: np.ndarray[Any, Any]
+) -> Iterator[_Mine]:
+    """Each method that has rows to see.
 
-    active: list[_Mine] = []
+    Args:
+        facade: the processor.
+        runner: vLLM's.
+        fed: [requests] where among the step's inputs the token stands that was fed at each one's first row.
+        kept: [requests] whether what is sampled in this step is kept.
+    """
+    device = facade.device
     for processor in facade.processors:
-        slots = facade.slots_of(processor, slice(num_reqs))
+        slots = facade.slots_of(processor, slice(len(fed)))
         if not slots.size:
             continue
-        entries, position = facade.entries(slots), take(runner.positions, fed[slots]).long()
+        entries, position = facade.entries(slots), take(runner.positions, fed[slots])
         if processor.observes:
             facade.observe(processor, slots, send(entries, device), position, send(kept[slots], device))
         still = processor.active(entries)
-        if not still.all():
+        if still is not None and not still.all():
             slots, entries, position = slots[still], entries[still], position[send(still, device)]
         if slots.size:
-            active.append(_Mine(processor, slots, entries, position))
+            yield _Mine(processor, slots, entries, position)
+
+
+def _host(position: torch.Tensor, count: np.ndarray[Any, Any]) -> HostRows:
+    return HostRows(position.cpu().numpy(), count, np.full((count.size, 1), -1))
+
+
+def in_place(facade: AlignSpecLogitsProcessor, logits: torch.Tensor) -> None:
+    """Shows the rows of a step without drafts, in the tensor that is sampled from; vLLM's masks are there already."""
+    runner, facade.waiting = facade.waiting, None
+    device = logits.device
+    with facade.guard():
+        num_reqs = runner.input_batch.num_reqs
+        fed = runner.query_start_loc.np[1 : num_reqs + 1] - 1
+        kept = ~runner.discard_request_mask.np[:num_reqs]
+        for processor, slots, entries, position in _active(facade, runner, fed, kept):
+            count = kept[slots].astype(np.int64)
+            facade.run(
+                processor,
+                slots,
+                Rows(
+                    logits=logits,
+                    index=send(slots[:, None], device),
+                    count=send(count, device),
+                    position=position,
+                    fed=partial(take, runner.input_ids.gpu, fed[slots]),
+                    draft=facade.no_drafts[: slots.size],
+                    entry_np=entries,
+                    unmasked=facade.unmasked(processor, slots, 1),
+                    control=facade.control_ids,
+                    fetch=partial(_host, position, count),
+                ),
+            )
+
+
+def _show(facade: AlignSpecLogitsProcessor, runner: Any, logits: torch.Tensor, metadata: Any) -> torch.Tensor | None:
+    num_reqs = runner.input_batch.num_reqs
+    device = logits.device
+    drafts = np.asarray(metadata.num_draft_tokens, np.int64)
+    fed = runner.query_start_loc.np[1 : num_reqs + 1] - drafts - 1
+    kept = ~runner.discard_request_mask.np[:num_reqs]
+    active = list(_active(facade, runner, fed, kept))
     if not active:
         return None
 
-    stash = limits = None
+    # The rows of every active request, one after another, in a copy of their own.
+    ours = np.unique(np.concatenate([mine.slots for mine in active]))
+    count = drafts[ours] + 1
+    start = np.cumsum(count) - count
+    within = np.arange(count.sum()) - np.repeat(start, count)
+    is_draft = within < np.repeat(count, count) - 1
+    first = np.cumsum(drafts + 1) - (drafts + 1)
     first_draft = np.cumsum(drafts) - drafts  # of each request, among all drafts
-    if metadata is None:
-        line, rows = np.arange(num_reqs), logits
-    else:
-        # The rows of every active request, one after another, in a copy of their own.
-        ours = np.unique(np.concatenate([mine.slots for mine in active]))
-        count = drafts[ours] + 1
-        start = np.cumsum(count) - count
-        within = np.arange(count.sum()) - np.repeat(start, count)
-        is_draft = within < np.repeat(count, count) - 1
-        first = np.cumsum(drafts + 1) - (drafts + 1)
-        stash = Stash(
-            rows=logits.index_select(0, send(np.repeat(first[ours], count) + within, device)).float(),
-            last=send(start + count - 1, device),
-            last_line=send(ours, device),
-            draft=send(np.flatnonzero(is_draft), device),
-            draft_line=send((np.repeat(first_draft[ours], count) + within)[is_draft], device),
-        )
-        rows = stash.rows
-        line = np.zeros(num_reqs, np.int64)
-        line[ours] = start
-        limits = torch.full((num_reqs,), facade.rows, dtype=torch.int64, device=device)
+    stash = Stash(
+        rows=logits.index_select(0, send(np.repeat(first[ours], count) + within, device)).float(),
+        last=send(start + count - 1, device),
+        last_line=send(ours, device),
+        draft=send(np.flatnonzero(is_draft), device),
+        draft_line=send((np.repeat(first_draft[ours], count) + within)[is_draft], device),
+    )
+    line = np.zeros(num_reqs, np.int64)
+    line[ours] = start
+    limits = torch.full((num_reqs,), facade.rows, dtype=torch.int64, device=device)
     for mine in active:
         count = drafts[mine.slots] + 1
         r = np.arange(count.max())
@@ -172,24 +206,23 @@ def _show(facade: AlignSpecLogitsProcessor, runner: Any, logits: torch.Tensor, m
         usable = (r < count[:, None] - 1) & facade.drafts_are_real[mine.slots][:, None]
         if usable.any():
             which = np.where(usable, first_draft[mine.slots][:, None] + r, 0)
-            draft = torch.where(send(usable, device), take(metadata.draft_token_ids, which).long(), draft)
+            draft = torch.where(send(usable, device), take(metadata.draft_token_ids, which), draft)
         limit = facade.run(
             mine.processor,
             mine.slots,
             Rows(
-                logits=rows,
+                logits=stash.rows,
                 index=send(line[mine.slots][:, None] + np.minimum(r, count[:, None] - 1), device),
                 count=send(count * kept[mine.slots], device),
                 position=mine.position,
-                fed=take(runner.input_ids.gpu, fed[mine.slots]).long(),
+                fed=partial(take, runner.input_ids.gpu, fed[mine.slots]),
                 draft=draft,
-                entry=send(mine.entries, device),
                 entry_np=mine.entries,
                 unmasked=facade.unmasked(mine.processor, mine.slots, len(r)),
                 control=facade.control_ids,
             ),
         )
-        if limit is not None and limits is not None:
+        if limit is not None:
             facade.stash = stash
             picked = send(mine.slots, device)
             limits[picked] = torch.minimum(limits[picked], limit)

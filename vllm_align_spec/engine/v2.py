@@ -104,6 +104,10 @@ def before_mask(logits: torch.Tensor, batch: Any) -> None:
             )
 
 
+def _fed(tokens: torch.Tensor, line: torch.Tensor) -> torch.Tensor:
+    return tokens[line].long()
+
+
 def apply(facade: AlignSpecLogitsProcessor, states: Any, logits: torch.Tensor, ctx: Any) -> None:
     """Shows the chunk's rows to each method that a request of it asked for."""
     global _limit
@@ -143,9 +147,9 @@ def _show(facade: AlignSpecLogitsProcessor, states: Any, logits: torch.Tensor, c
         if processor.observes:
             facade.observe(processor, slots[batch], send(entries, device), position[picked], kept[picked])
         active = processor.active(entries)
-        if not active.any():
+        if active is not None and not active.any():
             continue
-        if not active.all():
+        if active is not None and not active.all():
             batch, entries = batch[active], entries[active]
             picked = send(batch, device)
         rows = count[picked, None]
@@ -163,9 +167,8 @@ def _show(facade: AlignSpecLogitsProcessor, states: Any, logits: torch.Tensor, c
                 index=index,
                 count=rows[:, 0] * kept[picked],
                 position=position[picked],
-                fed=ctx.input_ids[index[:, 0]].long(),
+                fed=partial(_fed, ctx.input_ids, index[:, 0]),
                 draft=torch.where(r < rows - 1, draft, -1),
-                entry=send(entries, device),
                 entry_np=entries,
                 unmasked=facade.unmasked(processor, slots[batch], width),
                 control=facade.control_ids,

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -188,10 +189,12 @@ class AsapProcessor(Processor):
         self._place = np.zeros(entries, dtype=PLACE)
         self._before = np.zeros(entries, dtype=PLACE)  # one step back: a step that was taken back is drawn again
         self._ends = np.full((entries, MAX_STOP_IDS), -1, dtype=np.int64)
+        self._all = torch.full((entries,), layout.rows, device=layout.device)
         self._steps: deque[_Step] = deque()
         self._turn = 0
         self._ready = False
         self._seconds = 0.0
+        self._unpaid = 0.0  # of them, what the requests of the next step are charged with
         self._saved_at = time.monotonic()
         options = layout.options.asap
         self._file: Path | None = None
@@ -261,19 +264,22 @@ class AsapProcessor(Processor):
             self._settle()  # its last request's latest step, which would be taken for one of this request
         self._release(entry)
         ends = list(arguments["align_spec_stop_ids"])
-        attempt = self._attempt[entry]
-        attempt["trie"] = self._tries.open(bytes.fromhex(arguments["align_spec_trie"]))
-        self._tries.retain(int(attempt["trie"]))
-        attempt["open"] = True
-        attempt["mode"] = MODES.index(arguments["asap"])
-        attempt["prompt"] = prompt_len
-        attempt["length"] = arguments["align_spec_length"]
-        attempt["shortest"] = arguments["align_spec_min_tokens"]
-        attempt["inverse_temperature"] = 1 / arguments["align_spec_temperature"]
-        attempt["seed"] = arguments["align_spec_seed"]
-        for name in ("state", "nodes", "seconds"):
-            attempt[name] = 0
-        attempt["log_h0"] = -np.inf
+        trie = self._tries.open(bytes.fromhex(arguments["align_spec_trie"]))
+        self._tries.retain(trie)
+        self._attempt[entry] = (
+            trie,
+            True,
+            MODES.index(arguments["asap"]),
+            prompt_len,
+            arguments["align_spec_length"],
+            arguments["align_spec_min_tokens"],
+            1 / arguments["align_spec_temperature"],
+            arguments["align_spec_seed"],
+            State.COMPLETED,
+            -np.inf,
+            0,
+            0.0,
+        )
         self._place[entry] = self._before[entry] = (0, -1, -1, -1, -1, 0.0, 0.0, 0.0, 0.0)
         self._ends[entry] = -1
         self._ends[entry, : len(ends)] = ends
@@ -311,7 +317,7 @@ class AsapProcessor(Processor):
         assert rows.control is not None
         numbers = decide(rows.logits, rows.index, unmasked, rows.draft, rows.control, known)
         self._send_back(e, draft, known, child_node, numbers, host_seconds)
-        return torch.full_like(rows.count, width)
+        return self._all[: len(e)]
 
     def _send_back(
         self, e: _Int, draft: _Int, known: Known, child_node: _Int32, numbers: torch.Tensor, seconds: float
@@ -332,6 +338,7 @@ class AsapProcessor(Processor):
                     return
                 arrived.synchronize()
             step = self._steps.popleft()
+            each = (step.seconds + self._unpaid) / len(step.entry)
             began = time.perf_counter()
             self._take_in(
                 *self._state,
@@ -343,10 +350,10 @@ class AsapProcessor(Processor):
                 step.known.child,
                 step.child_node,
                 step.numbers.numpy(),
+                each,
             )
-            seconds = step.seconds + time.perf_counter() - began
-            self._seconds += seconds
-            self._attempt["seconds"][step.entry] += seconds / len(step.entry)
+            self._unpaid = time.perf_counter() - began
+            self._seconds += step.seconds + self._unpaid
 
     def reports(self, entries: Sequence[int]) -> list[dict[str, Any]]:
         """How each attempt went, and the state of the store."""
@@ -359,24 +366,35 @@ class AsapProcessor(Processor):
             "evictions": self._tries.evictions,
             "host_seconds": self._seconds,
         }
-        found = []
-        for entry in entries:
-            attempt, place = self._attempt[entry], self._place[entry]
-            state = int(attempt["state"])
-            log_v = attempt["log_h0"] + place["log_w"] if state == State.COMPLETED else -np.inf
-            found.append(
-                {
-                    "state": State(state).name.lower(),
-                    "rows": int(place["out"]),
-                    "log_h0": _finite(attempt["log_h0"]),
-                    "log_v": _finite(log_v),
-                    "log_bank": _finite(place["log_bank"]),
-                    "log_mass_at_root": _finite(self._tries.mass_at_root(int(attempt["trie"]))),
-                    "nodes_added": int(attempt["nodes"]),
-                    "host_ms": round(1e3 * float(attempt["seconds"]), 3),
-                    "store": store,
-                }
+        attempt, place = self._attempt[entries], self._place[entries]
+        log_v = np.where(attempt["state"] == State.COMPLETED, attempt["log_h0"] + place["log_w"], -np.inf)
+        columns = (
+            attempt["state"],
+            place["out"],
+            attempt["log_h0"],
+            log_v,
+            place["log_bank"],
+            self._tries.mass_at_root(attempt["trie"]),
+            attempt["nodes"],
+            attempt["seconds"],
+        )
+        found = [
+            {
+                "state": State(state).name.lower(),
+                "rows": rows,
+                "log_h0": _finite(log_h0),
+                "log_v": _finite(log_v),
+                "log_bank": _finite(log_bank),
+                "log_mass_at_root": _finite(log_mass_at_root),
+                "nodes_added": nodes,
+                "host_ms": round(1e3 * seconds, 3),
+                "store": store,
+            }
+            for state, rows, log_h0, log_v, log_bank, log_mass_at_root, nodes, seconds in zip(
+                *(column.tolist() for column in columns), strict=True
             )
+        ]
+        for entry in entries:
             self._release(entry)
         # Also now and then: by default vLLM kills its workers when a server ends.
         if time.monotonic() - self._saved_at >= self._layout.options.asap.save_interval_s:
@@ -386,4 +404,4 @@ class AsapProcessor(Processor):
 
 def _finite(value: float) -> float | None:
     """JSON has no infinity: None stands for log 0."""
-    return float(value) if np.isfinite(value) else None
+    return value if math.isfinite(value) else None

@@ -146,6 +146,7 @@ def take_in(
     child: _Array,
     child_node: _Array,
     numbers: _Array,
+    seconds: float,
 ) -> None:
     """What a step's rows said: into the tries, and to where its attempts stand.
 
@@ -161,6 +162,7 @@ def take_in(
         known: [S, L] int32, the nodes that `look_up` found; ``offsets``, ``child`` and ``child_node`` are their
             visited children.
         numbers: [9, S, L] float64: `asap.NUMBERS`.
+        seconds: what each request is charged with.
     """
     log_h, unvisited, token = numbers[0], numbers[1], numbers[2]
     token_log_p, token_log_h, draft_log_p = numbers[3], numbers[4], numbers[5]
@@ -172,6 +174,7 @@ def take_in(
     reached = np.zeros(requests, np.int64)
     seen = 0
     for s in range(requests):
+        attempt[entry[s]].seconds += seconds
         if attempt[entry[s]].state != _LIVE:
             continue
         agrees = True
@@ -243,5 +246,5 @@ def warm_up() -> None:
     draft = np.full((1, 1), -1)
     attempt["trie"] = -1
     known, offsets, child, *_, node = look_up(tries.arena, attempt, place, before, ends, entry, count, count, draft)
-    of_rows = known, offsets, child, node, np.zeros((9, 1, 1))
+    of_rows = known, offsets, child, node, np.zeros((9, 1, 1)), 0.0
     take_in(tries.arena, attempt, place, before, ends, entry, count, draft, *of_rows)

@@ -17,7 +17,7 @@ from vllm_align_spec.processors.asap import Known
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _Array = np.ndarray[Any, np.dtype[Any]]
-_BLOCK = 256
+_BLOCK = 1024
 """Tokens whose mass is summed before one of them is looked for."""
 _LOG2_E, _HALF, _ZERO, _ONE = np.float32(1.0 / math.log(2.0)), np.float32(0.5), np.float32(0.0), np.float32(1.0)
 _LOWEST = np.finfo(np.float32).min
@@ -46,14 +46,14 @@ def jit(function: _F, **options: Any) -> _F:
     return cast(_F, compiled)
 
 
-def row_logsumexp(logits: torch.Tensor, line: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """See `rows.row_logsumexp`."""
+def row_logsumexp(logits: torch.Tensor, line: _Array, scale: _Array) -> _Array:
+    """See `rows.row_logsumexp`; ``line`` and ``scale`` are contiguous."""
     out = np.empty(len(line), np.float32)
-    lines, at = _lines(logits), line.contiguous().numpy()
+    lines = _lines(logits)
     if lines is None:
-        lines, at = logits.index_select(0, line).float().numpy(), np.arange(len(line))
-    _logsumexp(lines, logits.shape[1], at, scale.numpy(), out)
-    return torch.from_numpy(out)
+        lines, line = logits.index_select(0, torch.from_numpy(line)).float().numpy(), np.arange(len(line))
+    _logsumexp(lines, logits.shape[1], line, scale, out)
+    return out
 
 
 def asap_decide(
@@ -78,7 +78,7 @@ def asap_decide(
         lines,
         logits.shape[1],
         np.ascontiguousarray(index.numpy()),
-        np.ascontiguousarray(unmasked.numpy(), np.float64),
+        np.ascontiguousarray(unmasked.numpy()),
         np.ascontiguousarray(draft.numpy()),
         control.numpy(),
         *known[1:],
@@ -249,7 +249,8 @@ def _decide(
     for s in range(requests):
         scale, bank = of_requests[0, s], of_requests[1, s]
         for r in range(count[s]):
-            x, shift, begin = logits[index[s, r], :vocabulary], unmasked[s, r], offsets[s * width + r]
+            x, begin = logits[index[s, r], :vocabulary], offsets[s * width + r]
+            shift = np.float64(unmasked[s, r])
             uniform, log_coin, log_used = of_rows[0, s, r], of_rows[1, s, r], of_rows[2, s, r]
             _bar(x, ends[s], limits[0, s, r], limits[1, s, r])
             draft_log_p = -np.inf
@@ -325,7 +326,7 @@ def _decide(
 def warm_up() -> None:
     """Compiles everything: 4 s once on a machine, then from numba's cache."""
     logits, one = torch.zeros(1, 2), torch.zeros(1, 1, dtype=torch.int64)
-    row_logsumexp(logits, one[0], logits[0, :1])
+    row_logsumexp(logits, np.zeros(1, np.int64), np.ones(1, np.float32))
     whole, no = np.zeros((1, 1), np.int64), np.zeros(0, np.int64)
     known = Known(
         whole.astype(np.int32), np.zeros(2, np.int64), no, no.astype(np.float64), np.zeros((3, 1, 1)), np.ones((3, 1)),

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -57,25 +58,28 @@ class Rows:
     count: torch.Tensor
     # [S] int64: where in its sequence the token stands that was fed at row 0 (prompt included, from 0)
     position: torch.Tensor
-    # [S] int64: the token that was fed at row 0, the last one of the sequence so far
-    fed: torch.Tensor
+    # [S] int64: the token that was fed at row 0, the last one of the sequence so far; few ask
+    fed: Callable[[], torch.Tensor]
     # [S, L] int64: token drafted after the row; -1 at the bonus row, beyond it, and where no usable draft stands
     draft: torch.Tensor
-    # [S] int64: entry of the request in the method's state
-    entry: torch.Tensor
-    # [S] the same on the host
+    # [S] entry of the request in the method's state, on the host
     entry_np: np.ndarray[Any, np.dtype[np.int64]]
     # [S, L] float32: log-sum-exp of row / temperature before the grammar mask; None if this step masked nothing, or if
     # the method does not ask for it (`Processor.grammar`)
     unmasked: torch.Tensor | None = None
     # [control ids] int64 in the order of `Control`; for methods that end requests (`Processor.control`)
     control: torch.Tensor | None = None
-    # where the copies for `host` come from, if they were started before the forward pass
+    # where `host` has it from, if not all of it from the device: copies that were started before the forward pass
     fetch: Callable[[], HostRows] | None = None
+
+    @cached_property
+    def entry(self) -> torch.Tensor:
+        """[S] int64, ``entry_np`` on the device."""
+        return send(self.entry_np, self.logits.device)
 
     def chain(self) -> torch.Tensor:
         """[S, L] int64, the token that was fed at each row; 0 where none was that counts."""
-        return torch.cat([self.fed[:, None], self.draft[:, :-1].clamp(min=0)], 1)
+        return torch.cat([self.fed()[:, None], self.draft[:, :-1].clamp(min=0)], 1)
 
     def host(self) -> HostRows:
         """The grid's small numbers on the host. May wait for the device, though not for this step's forward pass if
@@ -153,10 +157,10 @@ class Processor(Protocol):
         """
         return
 
-    def active(self, entry: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Which requests still need their rows, as far as the host knows: all, unless a method knows better. Asking
-        must not wait for the device."""
-        return np.ones(len(entry), dtype=bool)
+    def active(self, entry: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
+        """Which requests still need their rows, as far as the host knows; None for all, unless a method knows better.
+        Asking must not wait for the device."""
+        return None
 
     def apply(self, rows: Rows) -> torch.Tensor:
         """Edits the logits of the active requests of a step.
@@ -180,10 +184,11 @@ def send(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
 
 
 def take(tensor: torch.Tensor, index: np.ndarray[Any, Any]) -> torch.Tensor:
-    """``tensor[index]`` of a small tensor. On a CPU numpy does it, in half the time that torch takes for so little."""
+    """``tensor[index]`` of a small tensor of integers, as int64. On a CPU numpy does it, in half the time that torch
+    takes for so little."""
     if tensor.is_cuda:
-        return tensor[send(index, tensor.device)]
-    return torch.from_numpy(tensor.numpy()[index])
+        return tensor[send(index, tensor.device)].long()
+    return torch.from_numpy(tensor.numpy()[index].astype(np.int64, copy=False))
 
 
 def token_logprobs(logits: torch.Tensor, index: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -223,7 +228,7 @@ def row_logsumexp(logits: torch.Tensor, line: torch.Tensor, scale: torch.Tensor)
         return kernels.row_logsumexp(logits, line, scale)
     from vllm_align_spec.processors import loops
 
-    return loops.row_logsumexp(logits, line, scale)
+    return torch.from_numpy(loops.row_logsumexp(logits, line.contiguous().numpy(), scale.contiguous().numpy()))
 
 
 def row_entropy(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -560,9 +560,9 @@ class Tries:
             return np.zeros(nodes.shape)
         return np.where(nodes >= 0, self._nodes["log_c"][nodes], 0.0)
 
-    def mass_at_root(self, trie: int) -> float:
-        """log c~(root), a bound on the log mass of the language; 0 without a root."""
-        return float(self.log_c(self.root(np.array([trie])))[0])
+    def mass_at_root(self, trie: _Int) -> _Float:
+        """log c~(root) of each trie, a bound on the log mass of the language; 0 without a root."""
+        return self.log_c(self.root(trie))
 
     def nodes(self, trie: int) -> int:
         """Nodes of a trie."""
