@@ -68,11 +68,11 @@ class Script:
         self.calls, self.closed, self.log = [], 0, []
 
     async def generate(
-        self, prompt_token_ids, *, max_tokens, min_tokens, arguments=None, seed=None, seeded=True, whole=False
+        self, prompt_token_ids, *, max_tokens, min_tokens, arguments=None, seed=None, drawn=False, whole=False
     ):
         assert self.closed == len(self.calls), "an attempt began while another ran"
         self.calls.append(
-            {"prompt": list(prompt_token_ids), "max": max_tokens, "min": min_tokens, "seeded": seeded, **arguments}
+            {"prompt": list(prompt_token_ids), "max": max_tokens, "min": min_tokens, "drawn": drawn, **arguments}
         )
         attempt = self.attempts[min(len(self.calls), len(self.attempts)) - 1]
         try:
@@ -160,7 +160,7 @@ def test_every_attempt_tells_the_worker_all_that_it_needs_and_nothing_else():
             "prompt": [5, 6, 7],
             "max": 20,
             "min": 0,
-            "seeded": False,
+            "drawn": True,
             "asap": "exact",
             "align_spec_trie": trie_key(REQUEST),
             "align_spec_seed": attempt_seed(11, attempt),

@@ -50,6 +50,7 @@ class StandIn:
         dynamic = options.pop("dynamic", False)
         config = SimpleNamespace(**options, uses_dynamic_speculative_decoding=lambda: dynamic) if speculative else None
         self.vllm_config = SimpleNamespace(
+            device_config=SimpleNamespace(device_type="cpu"),
             additional_config={"align_spec": additional or {}},
             model_config=self.model_config,
             speculative_config=config,
@@ -518,18 +519,21 @@ JUDGED = {"rewards": {"short": {"kind": "program", "program": "length", "paramet
 CARDS = {"cards": "on", "cards_threshold": 1.0}
 
 
-def test_a_strategy_that_draws_by_itself_launches_without_the_seed():
+@pytest.mark.parametrize(("device", "temperature"), [("cpu", 0.0), ("cuda", 0.7)])
+def test_what_the_worker_draws_is_sampled_in_the_way_that_costs_least(device, temperature):
     engine = StandIn(additional=JUDGED)
-    choice = choice_of(engine, CARDS, seed=5)
+    engine.vllm_config.device_config.device_type = device
+    choice = choice_of(engine, CARDS, seed=5, temperature=0.7)
 
     async def launch(**kwargs):
         async with aclosing(choice.generate(PROMPT, max_tokens=2, min_tokens=0, **kwargs)) as chunks:
             async for _ in chunks:
                 pass
 
-    for kwargs in ({}, {"seeded": False}, {"seed": 9}):
+    for kwargs in ({}, {"drawn": True}, {"seed": 9}):
         asyncio.run(launch(**kwargs))
-    assert [params.seed for _, params, _, _ in engine.calls] == [5, None, 9]
+    found = [(params.seed, params.temperature) for _, params, _, _ in engine.calls]
+    assert found == [(5, 0.7), (None, temperature), (9, 0.7)]
 
 
 def test_an_inner_request_says_on_the_wire_what_vllm_reads_there():

@@ -129,7 +129,9 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         self._entry[slot] = entry
         self._placed += 1
         self.drafts_are_real[slot] = True
-        self._inverse_temperature[slot] = 1 / params.temperature if params.temperature else 1.0
+        # That of the distribution; a method that draws by itself has vLLM take the only token left.
+        temperature = extra.get("align_spec_temperature", params.temperature)
+        self._inverse_temperature[slot] = 1 / temperature if temperature else 1.0
         if self.control_ids is None and control.KEY in extra:
             self.control_ids = torch.tensor(list(extra[control.KEY]), device=self.device)
         wanted = False

@@ -100,7 +100,7 @@ class AsapStrategy:
                 request.prompt_token_ids,
                 max_tokens=request.max_tokens,
                 min_tokens=0,  # the worker sees to it
-                seeded=False,
+                drawn=True,
                 whole=True,
                 arguments={
                     **options.model_dump(exclude={"asap_max_attempts", "align_spec_strict"}),

@@ -147,7 +147,7 @@ class Engine(Protocol):
         temperature: float | None = None,
         top_k: int | None = None,
         seed: int | None = None,
-        seeded: bool = True,
+        drawn: bool = False,
         reported: bool = True,
         whole: bool = False,
     ) -> AsyncGenerator[Chunk, None]:
@@ -161,7 +161,8 @@ class Engine(Protocol):
             temperature: instead of the request's, and then nothing but ``top_k`` cuts the distribution.
             top_k: likeliest tokens that are sampled from, with ``temperature``; 0 for all.
             seed: instead of the choice's own.
-            seeded: False where the worker draws every token and leaves nothing to chance: vLLM is slower with a seed.
+            drawn: the worker draws every token, so a row that vLLM samples from has only one, and how it does that is
+                of no consequence but for the time it takes.
             reported: whether the worker's report is wanted, which several requests at once cannot have.
             whole: one chunk at the end, for who does nothing with a part, not even count what an aborted request cost:
                 tokens one by one cost this process time.
