@@ -127,6 +127,15 @@ def test_exact_attempts_one_after_the_other_follow_it_too_at_another_temperature
     assert total_variation(found[:60], law) < quantile(law, 60)
 
 
+def test_the_temperature_is_the_requests_own_whatever_vllm_is_told(start, runner):
+    """Told 0 for odd seeds, as by the front end on a CPU (`engines`)."""
+    requests = [asap("weighted", seed, temperature=1.7, trie=f"told {seed}") for seed in (1, 2)]
+    outputs = start(runner).generate([*requests, asap("weighted", 2, trie="told 1.0")])
+    told_zero, told_it, another = (output["report"]["asap"]["log_h0"] for output in outputs)
+    assert told_zero == pytest.approx(told_it, abs=1e-5)
+    assert abs(told_it - another) > 0.01
+
+
 def test_the_first_sample_on_a_fresh_trie_is_that_of_a_mask_alone(start, table):
     outputs = start("v1").generate([asap("adaptive", 1 + i, trie=f"fresh {i}") for i in range(600)])
     law = table.masked([table.ids(s) for s in SENTENCES])
