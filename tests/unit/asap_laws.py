@@ -4,7 +4,7 @@ vLLM's does (`engine.facade`), and laws to mix into a test class. Nothing here i
 import math
 import random
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from types import SimpleNamespace
 from unittest import mock
@@ -411,12 +411,11 @@ class Engine:
             draft=torch.tensor(draft, device=self.device),
             entry_np=entry,
             unmasked=torch.tensor(unmasked, dtype=torch.float32, device=self.device),
+            control=self.control,
         )
-        rows.logits[rows.index[..., None], self.control] = -INF
         untouched = logits.clone()
         with self._watched() as seen:
-            limit = self.processor.apply(replace(rows, control=self.control))
-        assert (limit >= width).all()
+            self.processor.apply(rows)
         tokens = logits[rows.index].argmax(-1).cpu().numpy()
         if self.checked:
             foreign = torch.tensor(lines[place:], dtype=torch.int64, device=self.device)
@@ -458,7 +457,8 @@ class Engine:
         inner = asap.decide
 
         def decide(logits, *arguments):
-            given = logits.clone(), *arguments
+            *small, control, known = arguments
+            given = logits.clone(), *map(torch.as_tensor, small), control, known
             numbers = inner(logits, *arguments)
             said = SimpleNamespace(**dict(zip(asap.NUMBERS, numbers, strict=True)))
             seen["decide"] = inner, given, said

@@ -282,10 +282,12 @@ def on_a_cpu(step):
     s, width = step["index"].shape
     logits = step["logits"][step["index"].reshape(-1)]
     index, known = torch.arange(s * width).view(s, width), known_of(step, np.full(s, width))
-    numbers = asap.decide(logits, index, step["unmasked"], step["draft"], torch.arange(3), known)
+    control = logits.shape[1] + torch.arange(3)
+    logits = torch.nn.functional.pad(logits, (0, 3), value=1.0)
+    numbers = asap.decide(logits, index, step["unmasked"], step["draft"], control, known)
     alive = numbers[6].reshape(-1) > 0
     assert torch.equal(alive, numbers[0].reshape(-1) > -INF)
-    expected = torch.where(alive, numbers[2].reshape(-1).long(), 0)  # that of the first control id
+    expected = torch.where(alive, numbers[2].reshape(-1).long(), control[0])
     assert torch.equal(logits, torch.full_like(logits, -INF).scatter(1, expected[:, None], 0.0))
     return SimpleNamespace(**dict(zip(asap.NUMBERS, numbers, strict=True)))
 
@@ -428,6 +430,8 @@ def test_deciding_forces_and_tells_the_same_on_both_devices():
         expected = before.clone()
         expected[step["index"][counts]] = -INF
         expected[step["index"][counts], token[counts]] = 0.0
+        for rows in (logits, expected):  # a row that is not decided is nobody's: control ids may be illegal there
+            rows[step["index"][count == 0][:, :, None], control] = -INF
         assert torch.equal(logits, expected)
 
 

@@ -13,7 +13,7 @@ import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from vllm_align_spec import options, registry
 from vllm_align_spec.engine import companions, control, v1, v2
 from vllm_align_spec.patches import STATE
 from vllm_align_spec.processors.asap import AsapProcessor
-from vllm_align_spec.processors.rows import Control, Layout, Processor, Rows, force, mask, row_logsumexp, send
+from vllm_align_spec.processors.rows import Control, Layout, Processor, Rows, Small, force, loops, row_logsumexp, send
 
 logger = logging.getLogger("vllm.align_spec")
 
@@ -45,6 +45,8 @@ _facades: weakref.WeakSet[AlignSpecLogitsProcessor] = weakref.WeakSet()
 
 class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     """Valid under both interfaces: V1 constructs it with (config, device, pinned), V2 with (config, states)."""
+
+    is_align_spec: ClassVar[bool] = True
 
     def __init__(self, vllm_config: Any, device_or_states: Any, is_pin_memory: bool | None = None) -> None:
         on_v1 = is_pin_memory is not None
@@ -74,11 +76,12 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         slots = self.slots = max_reqs + 1
         self._ids: list[str | None] = [None] * slots
         self._entry = np.full(slots, -1, dtype=np.int64)  # slot -> entry, -1 for requests that are not ours
-        self._wants = {p.method: np.zeros(slots, dtype=bool) for p in self._processors}
+        self._wanted = np.zeros((len(self._processors), slots), dtype=bool)
+        self._wants = {p.method: self._wanted[i] for i, p in enumerate(self._processors)}
         # As above, of the methods that read `Rows.unmasked`.
         self._wants_unmasked = [self._wants[p.method] for p in self._processors if p.grammar]
         self.drafts_are_real = np.ones(slots, dtype=bool)
-        self.no_drafts = torch.full((slots, 1), -1, device=device)
+        self.no_drafts = np.full((slots, 1), -1, dtype=np.int64)
         self.no_offset = np.zeros(slots, dtype=np.int64)
         self._placed = 0  # requests of ours in the batch
         self._inverse_temperature = np.ones(slots, dtype=np.float32)
@@ -180,8 +183,7 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             self._entry[slot] = -1
             self._placed -= 1
             self._entered.pop(slot, None)
-            for wants in self._wants.values():
-                wants[slot] = False
+            self._wanted[:, slot] = False
 
     def _fail(self, processor: Processor, slot: int, error: Exception) -> None:
         identity = self._ids[slot]
@@ -212,7 +214,7 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         self.apply_staged_writes()
 
     def _move(self, source: int, target: int, *, swap: bool) -> None:
-        arrays = [self._entry, self.drafts_are_real, self._inverse_temperature, *self._wants.values()]
+        arrays = [self._entry, self.drafts_are_real, self._inverse_temperature, *self._wanted]
         for array in arrays:
             array[[source, target]] = array[[target, source]]
         self._ids[source], self._ids[target] = self._ids[target], self._ids[source]
@@ -291,20 +293,19 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         """
         scale, device = self._inverse_temperature[slot], self.device
         if self._host_unmasked is not None:
-            from vllm_align_spec.processors import loops  # numba: only once a request needs it
-
-            self._host_unmasked[slot, r] = loops.row_logsumexp(logits, line, scale)
+            self._host_unmasked[slot, r] = loops().row_logsumexp(logits, line, scale)
         else:
             found = row_logsumexp(logits, send(line, device), send(scale, device))
             self._unmasked[send(slot, device), send(r, device)] = found
         self._masks = True
 
-    def unmasked(self, processor: Processor, slots: np.ndarray[Any, Any], rows: int) -> torch.Tensor | None:
+    def unmasked(self, processor: Processor, slots: np.ndarray[Any, Any], rows: int) -> Small | None:
         """`Rows.unmasked` of the requests in these slots."""
         if not processor.grammar or not self._masks:
             return None
         if self._host_unmasked is not None:
-            return torch.from_numpy(self._host_unmasked[slots, :rows])
+            found: np.ndarray[Any, Any] = self._host_unmasked[slots]
+            return found[:, :rows]
         return self._unmasked[send(slots, self.device), :rows]
 
     def of_grammar(self, slots: np.ndarray[Any, Any] | slice) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -314,10 +315,14 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
             found = found | wants[slots]
         return found
 
-    def slots_of(self, processor: Processor, slots: np.ndarray[Any, Any] | slice) -> np.ndarray[Any, Any]:
-        """Which of the batch's slots hold requests that want a method, as indices into ``slots``."""
-        found: np.ndarray[Any, Any] = self._wants[processor.method][slots].nonzero()[0]  # flatnonzero is slow
-        return found
+    def wanted(
+        self, slots: np.ndarray[Any, Any] | slice
+    ) -> list[tuple[Processor, np.ndarray[Any, np.dtype[np.int64]]]]:
+        """The methods that requests in these slots want, in registry order, each with theirs as indices into
+        ``slots``."""
+        wanted: np.ndarray[Any, np.dtype[np.bool_]] = self._wanted[:, slots]
+        any_wants: Any = wanted.any(1)
+        return [(self._processors[i], wanted[i].nonzero()[0]) for i in any_wants.nonzero()[0]]
 
     def entries(self, slots: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
         """The entries of the requests in these slots."""
@@ -334,19 +339,19 @@ class AlignSpecLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         with self.guard(slots, processor):
             processor.observe(*step)
 
-    def run(self, processor: Processor, slots: np.ndarray[Any, Any], rows: Rows) -> torch.Tensor | None:
-        """One method over its rows; None if it failed and they decode plainly."""
-        if not processor.control:
-            with self.guard(slots, processor):
-                return processor.apply(rows)
-            return None
-        assert self.control_ids is not None
+    def run(self, processor: Processor, slots: np.ndarray[Any, Any], rows: Rows) -> tuple[bool, torch.Tensor | None]:
+        """One method over its rows.
+
+        Returns:
+            whether they are what is to be sampled, else they decode plainly; and what `Processor.apply` returns.
+        """
         with self.guard(slots, processor):
-            mask(rows.logits, rows.index, self.control_ids)
-            return processor.apply(rows)
-        failed = self.control_ids[Control.FAILED].expand(rows.index.shape)
-        force(rows.logits, rows.index, torch.ones_like(rows.index, dtype=torch.bool), failed)
-        return torch.full_like(rows.count, self.rows)
+            return True, processor.apply(rows)
+        if processor.control:
+            assert self.control_ids is not None
+            failed = self.control_ids[Control.FAILED].expand(rows.index.shape)
+            force(rows.logits, rows.index, torch.ones_like(rows.index, dtype=torch.bool), failed)
+        return processor.control, None
 
     def guard(self, slots: np.ndarray[Any, Any] | None = None, processor: Processor | None = None) -> _Guard:
         """What fails inside switches the method (or all) off for the requests in these slots (or all); never more."""

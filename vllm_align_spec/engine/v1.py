@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from vllm_align_spec.processors.rows import HostRows, Rows, send, take
+from vllm_align_spec.processors.rows import Rows, send, take
 
 if TYPE_CHECKING:
     from vllm_align_spec.engine.facade import AlignSpecLogitsProcessor
-    from vllm_align_spec.processors.rows import Processor
+    from vllm_align_spec.processors.rows import Processor, Small
 
 _limit: torch.Tensor | None = None
 """[requests] tokens each may emit in this step; set by `before_sample`, taken by `truncate` in the same step."""
@@ -56,11 +56,10 @@ class Stash:
 
 def facade_of(logitsprocs: Any) -> AlignSpecLogitsProcessor | None:
     """Our processor among those of a batch."""
-    from vllm_align_spec.engine.facade import AlignSpecLogitsProcessor
-
     for processor in logitsprocs.non_argmax_invariant:
-        if isinstance(processor, AlignSpecLogitsProcessor):
-            return processor
+        if getattr(processor, "is_align_spec", False):  # `isinstance` with an abstract class is slow
+            found: AlignSpecLogitsProcessor = processor
+            return found
     return None
 
 
@@ -110,7 +109,7 @@ class _Mine(NamedTuple):
     processor: Processor
     slots: np.ndarray[Any, Any]  # [S]
     entries: np.ndarray[Any, Any]  # [S]
-    position: torch.Tensor  # [S], as in `Rows`
+    position: Small  # [S], as in `Rows`
 
 
 def _active(
@@ -125,48 +124,40 @@ def _active(
         kept: [requests] whether what is sampled in this step is kept.
     """
     device = facade.device
-    for processor in facade.processors:
-        slots = facade.slots_of(processor, slice(len(fed)))
-        if not slots.size:
-            continue
+    for processor, slots in facade.wanted(slice(len(fed))):
         entries, position = facade.entries(slots), take(runner.positions, fed[slots])
         if processor.observes:
-            facade.observe(processor, slots, send(entries, device), position, send(kept[slots], device))
+            where = send(position, device) if isinstance(position, np.ndarray) else position
+            facade.observe(processor, slots, send(entries, device), where, send(kept[slots], device))
         still = processor.active(entries)
         if still is not None and not still.all():
-            slots, entries, position = slots[still], entries[still], position[send(still, device)]
+            slots, entries = slots[still], entries[still]
+            position = take(runner.positions, fed[slots])
         if slots.size:
             yield _Mine(processor, slots, entries, position)
-
-
-def _host(position: torch.Tensor, count: np.ndarray[Any, Any]) -> HostRows:
-    return HostRows(position.cpu().numpy(), count, np.full((count.size, 1), -1))
 
 
 def in_place(facade: AlignSpecLogitsProcessor, logits: torch.Tensor) -> None:
     """Shows the rows of a step without drafts, in the tensor that is sampled from; vLLM's masks are there already."""
     runner, facade.waiting = facade.waiting, None
-    device = logits.device
     with facade.guard():
         num_reqs = runner.input_batch.num_reqs
         fed = runner.query_start_loc.np[1 : num_reqs + 1] - 1
         kept = ~runner.discard_request_mask.np[:num_reqs]
         for processor, slots, entries, position in _active(facade, runner, fed, kept):
-            count = kept[slots].astype(np.int64)
             facade.run(
                 processor,
                 slots,
                 Rows(
-                    logits=logits,
-                    index=send(slots[:, None], device),
-                    count=send(count, device),
+                    logits,
+                    index=slots[:, None],
+                    count=kept[slots].astype(np.int64),
                     position=position,
                     fed=partial(take, runner.input_ids.gpu, fed[slots]),
                     draft=facade.no_drafts[: slots.size],
                     entry_np=entries,
                     unmasked=facade.unmasked(processor, slots, 1),
                     control=facade.control_ids,
-                    fetch=partial(_host, position, count),
                 ),
             )
 
@@ -198,7 +189,7 @@ def _show(facade: AlignSpecLogitsProcessor, runner: Any, logits: torch.Tensor, m
     )
     line = np.zeros(num_reqs, np.int64)
     line[ours] = start
-    limits = torch.full((num_reqs,), facade.rows, dtype=torch.int64, device=device)
+    limits = None
     for mine in active:
         count = drafts[mine.slots] + 1
         r = np.arange(count.max())
@@ -206,14 +197,14 @@ def _show(facade: AlignSpecLogitsProcessor, runner: Any, logits: torch.Tensor, m
         usable = (r < count[:, None] - 1) & facade.drafts_are_real[mine.slots][:, None]
         if usable.any():
             which = np.where(usable, first_draft[mine.slots][:, None] + r, 0)
-            draft = torch.where(send(usable, device), take(metadata.draft_token_ids, which), draft)
-        limit = facade.run(
+            draft = torch.where(send(usable, device), metadata.draft_token_ids[send(which, device)].long(), draft)
+        shown, limit = facade.run(
             mine.processor,
             mine.slots,
             Rows(
-                logits=stash.rows,
-                index=send(line[mine.slots][:, None] + np.minimum(r, count[:, None] - 1), device),
-                count=send(count * kept[mine.slots], device),
+                stash.rows,
+                index=line[mine.slots][:, None] + np.minimum(r, count[:, None] - 1),
+                count=count * kept[mine.slots],
                 position=mine.position,
                 fed=partial(take, runner.input_ids.gpu, fed[mine.slots]),
                 draft=draft,
@@ -222,8 +213,11 @@ def _show(facade: AlignSpecLogitsProcessor, runner: Any, logits: torch.Tensor, m
                 control=facade.control_ids,
             ),
         )
-        if limit is not None:
+        if shown:
             facade.stash = stash
+        if limit is not None:
+            if limits is None:
+                limits = torch.full((num_reqs,), facade.rows, dtype=torch.int64, device=device)
             picked = send(mine.slots, device)
             limits[picked] = torch.minimum(limits[picked], limit)
     return limits

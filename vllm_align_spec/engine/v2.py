@@ -118,8 +118,8 @@ def apply(facade: AlignSpecLogitsProcessor, states: Any, logits: torch.Tensor, c
 
 def _show(facade: AlignSpecLogitsProcessor, states: Any, logits: torch.Tensor, ctx: Any) -> torch.Tensor | None:
     slots = ctx.idx_mapping_np
-    wanted = [(processor, facade.slots_of(processor, slots)) for processor in facade.processors]
-    if not any(batch.size for _, batch in wanted):
+    wanted = facade.wanted(slots)
+    if not wanted:
         return None
     limits = None
     device = logits.device
@@ -140,8 +140,6 @@ def _show(facade: AlignSpecLogitsProcessor, states: Any, logits: torch.Tensor, c
     r = torch.arange(width, device=device)
 
     for processor, batch in wanted:
-        if batch.size == 0:
-            continue
         entries = facade.entries(slots[batch])
         picked = send(batch, device)
         if processor.observes:
@@ -159,11 +157,11 @@ def _show(facade: AlignSpecLogitsProcessor, states: Any, logits: torch.Tensor, c
         fetch: Callable[[], HostRows] | None = None
         if processor.grammar and facade.inputs is not None:
             fetch = partial(facade.inputs.rows, slots[batch], width, states.prefill_len.np)
-        limit = facade.run(
+        _, limit = facade.run(
             processor,
             slots[batch],
             Rows(
-                logits=logits,
+                logits,
                 index=index,
                 count=rows[:, 0] * kept[picked],
                 position=position[picked],

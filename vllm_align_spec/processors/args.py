@@ -73,7 +73,7 @@ class ArgsProcessor(Guided):
         for column, name in enumerate(arguments["align_spec_companions"]):
             self._weight[name][entry] = _WEIGHTS + column
 
-    def apply(self, rows: Rows) -> torch.Tensor:
+    def apply(self, rows: Rows) -> None:
         """Leaves each row its guided top k; see `rows.Processor.apply`."""
         entry, (requests, width) = rows.entry, rows.index.shape
         constants = self.constants[entry]
@@ -119,4 +119,3 @@ class ArgsProcessor(Guided):
         real = torch.arange(width, device=self.device) < rows.count[:, None]
         bent = (real & answered & open_).sum(1)
         self.counts[entry] += torch.stack([bent, (real & ~answered).sum(1)], 1)
-        return torch.full_like(rows.count, width)

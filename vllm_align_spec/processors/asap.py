@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from vllm_align_spec.options import MAX_STOP_IDS
-from vllm_align_spec.processors.rows import Layout, Processor, Rows, row_logsumexp, send
+from vllm_align_spec.processors.rows import Layout, Processor, Rows, Small, loops, row_logsumexp, send
 
 if TYPE_CHECKING:
     from vllm_align_spec.processors.trie import Tries
@@ -124,9 +124,9 @@ NUMBERS = (
 
 def decide(
     logits: torch.Tensor,
-    index: torch.Tensor,
-    unmasked: torch.Tensor,
-    draft: torch.Tensor,
+    index: Small,
+    unmasked: Small,
+    draft: Small,
     control: torch.Tensor,
     known: Known,
 ) -> torch.Tensor:
@@ -137,21 +137,27 @@ def decide(
     rounding only. m, which starts at 1, banks the excess for the rows that follow.
 
     Args:
-        logits: [N, V] float32 after the grammar mask; only the first ``known.rows`` rows of each request are written.
+        logits: [N, V] float32 after the grammar mask; only the first ``known.rows`` rows of each request are written,
+            of the others at most the control ids.
         index: [S, L] int64 lines of ``logits``, as in `rows.Rows`.
         unmasked: [S, L] log-sum-exp of the rows over the temperature, before the mask.
         draft: [S, L] int64, -1 for none.
-        control: [control ids] int64.
+        control: [control ids] int64; none is drawn.
         known: of the same rows.
+
+    Where the logits are on the host, ``index``, ``unmasked`` and ``draft`` may be arrays.
 
     Returns:
         [9, S, L] float64, the `NUMBERS` of rows that were to be decided; elsewhere they mean nothing.
     """
     if logits.is_cuda:
-        from vllm_align_spec.processors.kernels import asap_decide
+        from vllm_align_spec.processors import kernels
+
+        compiled: Any = kernels
     else:
-        from vllm_align_spec.processors.loops import asap_decide
-    return asap_decide(logits, index, unmasked, draft, control, known)
+        compiled = loops()
+    numbers: torch.Tensor = compiled.asap_decide(logits, index, unmasked, draft, control, known)
+    return numbers
 
 
 @dataclass
@@ -189,7 +195,6 @@ class AsapProcessor(Processor):
         self._place = np.zeros(entries, dtype=PLACE)
         self._before = np.zeros(entries, dtype=PLACE)  # one step back: a step that was taken back is drawn again
         self._ends = np.full((entries, MAX_STOP_IDS), -1, dtype=np.int64)
-        self._all = torch.full((entries,), layout.rows, device=layout.device)
         self._steps: deque[_Step] = deque()
         self._turn = 0
         self._ready = False
@@ -299,7 +304,7 @@ class AsapProcessor(Processor):
         self._turn += 1
         self._settle(wait=False)
 
-    def apply(self, rows: Rows) -> torch.Tensor:
+    def apply(self, rows: Rows) -> None:
         """Draws the token of every row; see `rows.Processor.apply`."""
         host = rows.host()
         began = time.perf_counter()
@@ -310,14 +315,14 @@ class AsapProcessor(Processor):
         host_seconds = time.perf_counter() - began
 
         width = draft.shape[1]
-        unmasked = rows.unmasked
+        unmasked: Small | None = rows.unmasked if rows.logits.is_cuda else rows.unmasked_np
         if unmasked is None:  # nothing was masked in this step
             scale = send(known.of_requests[0].astype(np.float32).repeat(width), rows.logits.device)
             unmasked = row_logsumexp(rows.logits, rows.index.reshape(-1), scale).view(rows.index.shape)
         assert rows.control is not None
-        numbers = decide(rows.logits, rows.index, unmasked, rows.draft, rows.control, known)
+        index, drafted = (rows.index, rows.draft) if rows.logits.is_cuda else (rows.index_np, draft)
+        numbers = decide(rows.logits, index, unmasked, drafted, rows.control, known)
         self._send_back(e, draft, known, child_node, numbers, host_seconds)
-        return self._all[: len(e)]
 
     def _send_back(
         self, e: _Int, draft: _Int, known: Known, child_node: _Int32, numbers: torch.Tensor, seconds: float

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from vllm_align_spec.processors.rows import Control, Layout, Processor, Rows, force, row_entropy, send
+from vllm_align_spec.processors.rows import Control, Layout, Processor, Rows, force, mask, row_entropy, send
 
 SHORTEST = 4
 """Tokens of a segment before it may end by entropy."""
@@ -37,7 +37,6 @@ class CardsProcessor(Processor):
 
     def __init__(self, layout: Layout) -> None:
         device = layout.device
-        self._rows = layout.rows
         self._prompt = torch.zeros(layout.entries, dtype=torch.int64, device=device)
         self._threshold = torch.full((layout.entries,), torch.inf, device=device)
         # Of the row before each token of the segment; the last column takes what does not count.
@@ -67,9 +66,10 @@ class CardsProcessor(Processor):
         self._entropy[entries] = 0
         self._staged.clear()
 
-    def apply(self, rows: Rows) -> torch.Tensor:
+    def apply(self, rows: Rows) -> None:
         """Forces the rows at which segments end."""
         assert rows.control is not None
+        mask(rows.logits, rows.index, rows.control)
         column = self._columns[: rows.index.shape[1]]
         real = column < rows.count[:, None]
         length = rows.position[:, None] + 1 + column - self._prompt[rows.entry][:, None]
@@ -82,7 +82,6 @@ class CardsProcessor(Processor):
             lost = send(failed, token.device)[:, None]
             ends, token = ends | (lost & real), torch.where(lost, rows.control[Control.FAILED], token)
         force(rows.logits, rows.index, ends, token)
-        return torch.full_like(rows.count, self._rows)
 
     def reports(self, entries: Sequence[int]) -> list[dict[str, Any]]:
         """The entropies before each token of a segment, as far as it came; what follows is of no meaning."""

@@ -142,7 +142,7 @@ class Realigned(Guided):
             [R, V]; what is masked in ``target`` does not matter.
         """
 
-    def apply(self, rows: Rows) -> torch.Tensor:
+    def apply(self, rows: Rows) -> None:
         """Bends every row; see `rows.Processor.apply`."""
         chain = rows.chain()
         requests, width = rows.index.shape
@@ -167,4 +167,3 @@ class Realigned(Guided):
             real = torch.arange(width, device=self.device) < count[:, None]
             unanswered = (real & ~answered.view(real.shape)).sum(1)
             self.counts[entry] += torch.stack([count, unanswered], 1)
-        return torch.full_like(rows.count, width)

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_align_spec.processors.rows import send
+from vllm_align_spec.processors.rows import mask, send
 
 if TYPE_CHECKING:
     from vllm_align_spec.processors.asap import Known
@@ -392,6 +392,7 @@ def asap_decide(
 ) -> torch.Tensor:
     """See `asap.decide`."""
     device = logits.device
+    mask(logits, index, control)
     uniform, log_coin, log_used = send(known.of_rows, device)
     inverse_temperature, log_bank, first = send(known.of_requests, device)
     only_ends, no_ends = send(known.limits, device)

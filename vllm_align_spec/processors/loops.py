@@ -14,6 +14,7 @@ from numba import njit, types  # type: ignore[import-untyped]
 from numba.extending import intrinsic  # type: ignore[import-untyped]
 
 from vllm_align_spec.processors.asap import Known
+from vllm_align_spec.processors.rows import Small, here
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _Array = np.ndarray[Any, np.dtype[Any]]
@@ -58,9 +59,9 @@ def row_logsumexp(logits: torch.Tensor, line: _Array, scale: _Array) -> _Array:
 
 def asap_decide(
     logits: torch.Tensor,
-    index: torch.Tensor,
-    unmasked: torch.Tensor,
-    draft: torch.Tensor,
+    index: Small,
+    unmasked: Small,
+    draft: Small,
     control: torch.Tensor,
     known: Known,
 ) -> torch.Tensor:
@@ -77,9 +78,9 @@ def asap_decide(
     _decide(
         lines,
         logits.shape[1],
-        np.ascontiguousarray(index.numpy()),
-        np.ascontiguousarray(unmasked.numpy()),
-        np.ascontiguousarray(draft.numpy()),
+        np.ascontiguousarray(here(index)),
+        np.ascontiguousarray(here(unmasked)),
+        np.ascontiguousarray(here(draft)),
         control.numpy(),
         *known[1:],
         numbers,
@@ -92,9 +93,9 @@ def asap_decide(
 def _lines(logits: torch.Tensor) -> _Array | None:
     """[N, W] float32 with the columns of ``logits`` first, in the same memory: a part of longer lines (a padded
     vocabulary) is taken where it is. None if it is something else."""
-    n, width = logits.shape[0], logits.stride(0)
     if logits.dtype is torch.float32 and logits.is_contiguous():
         return cast(_Array, logits.numpy())
+    n, width = logits.shape[0], logits.stride(0)
     if logits.dtype is not torch.float32 or logits.stride(1) != 1 or width < logits.shape[1]:
         return None
     if 4 * (logits.storage_offset() + n * width) > logits.untyped_storage().nbytes():
@@ -264,6 +265,7 @@ def _decide(
             x, begin = logits[index[s, r], :vocabulary], offsets[s * width + r]
             shift = np.float64(unmasked[s, r])
             uniform, log_coin, log_used = of_rows[0, s, r], of_rows[1, s, r], of_rows[2, s, r]
+            x[control] = -np.inf
             _bar(x, ends[s], limits[0, s, r], limits[1, s, r])
             draft_log_p = -np.inf
             if draft[s, r] >= 0 and x[draft[s, r]] > -np.inf:

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import cached_property
+from functools import cache, cached_property
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -33,49 +34,87 @@ class Control(IntEnum):
     FAILED = 2
 
 
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+Small = torch.Tensor | np.ndarray[Any, Any]
+"""Small numbers of a step, on whichever side they were made."""
+
+
 @dataclass(frozen=True)
 class HostRows:
     """What of `Rows` a method that keeps its state on the host has to read there."""
 
-    position: np.ndarray[Any, np.dtype[np.int64]]  # [S]
-    count: np.ndarray[Any, np.dtype[np.int64]]  # [S]
-    draft: np.ndarray[Any, np.dtype[np.int64]]  # [S, L]
+    position: Ints  # [S]
+    count: Ints  # [S]
+    draft: Ints  # [S, L]
 
 
-@dataclass(frozen=True)
 class Rows:
     """One step, as the requests that asked for one method see it.
 
     ``logits`` come after vLLM's grammar mask and before temperature; a method edits them in place, only at ``index``,
     and must not raise a -inf, except to force a control id.
+
+    What a runner knows on the host goes to the device when a method asks for it there.
     """
 
-    # [N, V] float32
-    logits: torch.Tensor
-    # [S, L] int64: line of `logits` that holds row r of the request; beyond `count` it repeats the last row
-    index: torch.Tensor
-    # [S] int64: rows of the request; 0 if nothing sampled in this step is kept (a prefill that is not finished)
-    count: torch.Tensor
-    # [S] int64: where in its sequence the token stands that was fed at row 0 (prompt included, from 0)
-    position: torch.Tensor
-    # [S] int64: the token that was fed at row 0, the last one of the sequence so far; few ask
-    fed: Callable[[], torch.Tensor]
-    # [S, L] int64: token drafted after the row; -1 at the bonus row, beyond it, and where no usable draft stands
-    draft: torch.Tensor
-    # [S] entry of the request in the method's state, on the host
-    entry_np: np.ndarray[Any, np.dtype[np.int64]]
-    # [S, L] float32: log-sum-exp of row / temperature before the grammar mask; None if this step masked nothing, or if
-    # the method does not ask for it (`Processor.grammar`)
-    unmasked: torch.Tensor | None = None
-    # [control ids] int64 in the order of `Control`; for methods that end requests (`Processor.control`)
-    control: torch.Tensor | None = None
-    # where `host` has it from, if not all of it from the device: copies that were started before the forward pass
-    fetch: Callable[[], HostRows] | None = None
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        *,
+        index: Small,
+        count: Small,
+        position: Small,
+        fed: Callable[[], Small],
+        draft: Small,
+        entry_np: Ints,
+        unmasked: Small | None = None,
+        control: torch.Tensor | None = None,
+        fetch: Callable[[], HostRows] | None = None,
+    ) -> None:
+        """``fetch`` is where `host` has it from, if not from here: copies that were started before the forward pass."""
+        self.logits = logits
+        """[N, V] float32"""
+        self.entry_np = entry_np
+        """[S] entry of the request in the method's state, on the host"""
+        self.control = control
+        """[control ids] int64 in the order of `Control`; for methods that end requests (`Processor.control`)"""
+        self._index, self._count, self._position, self._fed, self._draft = index, count, position, fed, draft
+        self._unmasked, self._fetch = unmasked, fetch
+
+    @cached_property
+    def index(self) -> torch.Tensor:
+        """[S, L] int64: line of `logits` that holds row r of the request; beyond `count` it repeats the last row."""
+        return self._there(self._index)
+
+    @cached_property
+    def count(self) -> torch.Tensor:
+        """[S] int64: rows of the request; 0 if nothing sampled in this step is kept (a prefill that is not over)."""
+        return self._there(self._count)
+
+    @cached_property
+    def position(self) -> torch.Tensor:
+        """[S] int64: where in its sequence the token stands that was fed at row 0 (prompt included, from 0)."""
+        return self._there(self._position)
+
+    @cached_property
+    def draft(self) -> torch.Tensor:
+        """[S, L] int64: token drafted after the row; -1 at the bonus row, beyond it, and where no usable one stands."""
+        return self._there(self._draft)
+
+    @cached_property
+    def unmasked(self) -> torch.Tensor | None:
+        """[S, L] float32: log-sum-exp of row / temperature before the grammar mask; None if this step masked nothing,
+        or if the method does not ask for it (`Processor.grammar`)."""
+        return None if self._unmasked is None else self._there(self._unmasked)
 
     @cached_property
     def entry(self) -> torch.Tensor:
         """[S] int64, ``entry_np`` on the device."""
-        return send(self.entry_np, self.logits.device)
+        return self._there(self.entry_np)
+
+    def fed(self) -> torch.Tensor:
+        """[S] int64: the token that was fed at row 0, the last one of the sequence so far."""
+        return self._there(self._fed())
 
     def chain(self) -> torch.Tensor:
         """[S, L] int64, the token that was fed at each row; 0 where none was that counts."""
@@ -84,9 +123,22 @@ class Rows:
     def host(self) -> HostRows:
         """The grid's small numbers on the host. May wait for the device, though not for this step's forward pass if
         the copies were started before it."""
-        if self.fetch is not None:
-            return self.fetch()
-        return HostRows(self.position.cpu().numpy(), self.count.cpu().numpy(), self.draft.cpu().numpy())
+        if self._fetch is not None:
+            return self._fetch()
+        return HostRows(here(self._position), here(self._count), here(self._draft))
+
+    @property
+    def index_np(self) -> Ints:
+        """``index`` on the host; for logits that are there too."""
+        return here(self._index)
+
+    @property
+    def unmasked_np(self) -> np.ndarray[Any, Any] | None:
+        """``unmasked`` likewise."""
+        return None if self._unmasked is None else here(self._unmasked)
+
+    def _there(self, small: Small) -> torch.Tensor:
+        return small if isinstance(small, torch.Tensor) else send(small, self.logits.device)
 
 
 @dataclass(frozen=True)
@@ -115,7 +167,7 @@ class Processor(Protocol):
     grammar: ClassVar[bool]
     """Whether it reads `Rows.unmasked`."""
     control: ClassVar[bool]
-    """Whether it ends requests by forcing control ids; elsewhere these are masked in its rows."""
+    """Whether it ends requests by forcing control ids; where it does not, it masks them in its rows."""
     follows: ClassVar[bool] = False
     """Whether it follows whole sequences: only then it hears `enter` and `leave`."""
     observes: ClassVar[bool] = False
@@ -162,11 +214,11 @@ class Processor(Protocol):
         Asking must not wait for the device."""
         return None
 
-    def apply(self, rows: Rows) -> torch.Tensor:
+    def apply(self, rows: Rows) -> torch.Tensor | None:
         """Edits the logits of the active requests of a step.
 
         Returns:
-            [S] int64, how many tokens each request may emit in this step; L and more do not limit it.
+            [S] int64, how many tokens each request may emit in this step; None if the method does not limit that.
         """
 
     def reports(self, entries: Sequence[int]) -> list[dict[str, Any]]:
@@ -183,12 +235,25 @@ def send(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def take(tensor: torch.Tensor, index: np.ndarray[Any, Any]) -> torch.Tensor:
+def take(tensor: torch.Tensor, index: Ints) -> Small:
     """``tensor[index]`` of a small tensor of integers, as int64. On a CPU numpy does it, in half the time that torch
-    takes for so little."""
+    takes for so little, and that is where it stays."""
     if tensor.is_cuda:
         return tensor[send(index, tensor.device)].long()
-    return torch.from_numpy(tensor.numpy()[index].astype(np.int64, copy=False))
+    return tensor.numpy()[index].astype(np.int64, copy=False)
+
+
+def here(small: Small) -> np.ndarray[Any, Any]:
+    """Small numbers on the host."""
+    return small if isinstance(small, np.ndarray) else small.cpu().numpy()
+
+
+@cache
+def loops() -> ModuleType:
+    """The module of that name, with numba, which takes longer to load than a server should wait that needs none."""
+    from vllm_align_spec.processors import loops
+
+    return loops
 
 
 def token_logprobs(logits: torch.Tensor, index: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -226,9 +291,7 @@ def row_logsumexp(logits: torch.Tensor, line: torch.Tensor, scale: torch.Tensor)
         from vllm_align_spec.processors import kernels
 
         return kernels.row_logsumexp(logits, line, scale)
-    from vllm_align_spec.processors import loops
-
-    return torch.from_numpy(loops.row_logsumexp(logits, line.contiguous().numpy(), scale.contiguous().numpy()))
+    return torch.from_numpy(loops().row_logsumexp(logits, line.contiguous().numpy(), scale.contiguous().numpy()))
 
 
 def row_entropy(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
