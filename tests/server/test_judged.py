@@ -326,6 +326,7 @@ def test_metrics_count_segments_and_judgements(server):
 # Calibration --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_calibration_samples_a_running_server_and_proposes_options(server, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     lines = [{"messages": messages} for messages in heldout_prompts("chat")[:3]] + [{"prompt": PROMPT}]

@@ -84,6 +84,7 @@ def test_the_wheel_names_no_vllm_and_no_torch_that_pip_could_replace(wheel):
     assert not [name for name in required if name.startswith(("vllm", "torch"))]
 
 
+@pytest.mark.slow
 def test_installed_beside_vllm_it_is_found_and_the_doctor_is_content(python, wheel):
     told = run(
         python,
