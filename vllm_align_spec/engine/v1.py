@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from vllm_align_spec.processors.rows import Rows, send, take
+from vllm_align_spec.processors.rows import Rows, send, take, there
 
 if TYPE_CHECKING:
     from vllm_align_spec.engine.facade import AlignSpecLogitsProcessor
@@ -127,8 +127,7 @@ def _active(
     for processor, slots in facade.wanted(slice(len(fed))):
         entries, position = facade.entries(slots), take(runner.positions, fed[slots])
         if processor.observes:
-            where = send(position, device) if isinstance(position, np.ndarray) else position
-            facade.observe(processor, slots, send(entries, device), where, send(kept[slots], device))
+            facade.observe(processor, slots, send(entries, device), there(position, device), send(kept[slots], device))
         still = processor.active(entries)
         if still is not None and not still.all():
             slots, entries = slots[still], entries[still]

@@ -212,14 +212,14 @@ class AsapProcessor(Processor):
 
     def _open(self) -> None:
         # Not at import: numba takes longer to load than a server that never sees a request of ours should wait.
-        from vllm_align_spec.processors import attempts, loops, trie
+        from vllm_align_spec.processors import attempts, trie
         from vllm_align_spec.processors.trie import Tries
         from vllm_align_spec.processors.trie_file import TrieFileError
 
         trie.warm_up()
         attempts.warm_up()
         if self._layout.device.type == "cpu":
-            loops.warm_up()
+            loops().warm_up()
         options = self._layout.options.asap
         self._tries = Tries(options.max_bytes, shared=options.share is not None)
         self._state = (self._tries.arena, self._attempt, self._place, self._before, self._ends)
@@ -315,12 +315,13 @@ class AsapProcessor(Processor):
         host_seconds = time.perf_counter() - began
 
         width = draft.shape[1]
-        unmasked: Small | None = rows.unmasked if rows.logits.is_cuda else rows.unmasked_np
+        index, unmasked, drafted = (
+            (rows.index, rows.unmasked, rows.draft) if rows.logits.is_cuda else (rows.index_np, rows.unmasked_np, draft)
+        )
         if unmasked is None:  # nothing was masked in this step
             scale = send(known.of_requests[0].astype(np.float32).repeat(width), rows.logits.device)
             unmasked = row_logsumexp(rows.logits, rows.index.reshape(-1), scale).view(rows.index.shape)
         assert rows.control is not None
-        index, drafted = (rows.index, rows.draft) if rows.logits.is_cuda else (rows.index_np, draft)
         numbers = decide(rows.logits, index, unmasked, drafted, rows.control, known)
         self._send_back(e, draft, known, child_node, numbers, host_seconds)
 

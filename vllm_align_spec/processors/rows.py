@@ -84,37 +84,37 @@ class Rows:
     @cached_property
     def index(self) -> torch.Tensor:
         """[S, L] int64: line of `logits` that holds row r of the request; beyond `count` it repeats the last row."""
-        return self._there(self._index)
+        return there(self._index, self.logits.device)
 
     @cached_property
     def count(self) -> torch.Tensor:
         """[S] int64: rows of the request; 0 if nothing sampled in this step is kept (a prefill that is not over)."""
-        return self._there(self._count)
+        return there(self._count, self.logits.device)
 
     @cached_property
     def position(self) -> torch.Tensor:
         """[S] int64: where in its sequence the token stands that was fed at row 0 (prompt included, from 0)."""
-        return self._there(self._position)
+        return there(self._position, self.logits.device)
 
     @cached_property
     def draft(self) -> torch.Tensor:
         """[S, L] int64: token drafted after the row; -1 at the bonus row, beyond it, and where no usable one stands."""
-        return self._there(self._draft)
+        return there(self._draft, self.logits.device)
 
     @cached_property
     def unmasked(self) -> torch.Tensor | None:
         """[S, L] float32: log-sum-exp of row / temperature before the grammar mask; None if this step masked nothing,
         or if the method does not ask for it (`Processor.grammar`)."""
-        return None if self._unmasked is None else self._there(self._unmasked)
+        return None if self._unmasked is None else there(self._unmasked, self.logits.device)
 
     @cached_property
     def entry(self) -> torch.Tensor:
         """[S] int64, ``entry_np`` on the device."""
-        return self._there(self.entry_np)
+        return there(self.entry_np, self.logits.device)
 
     def fed(self) -> torch.Tensor:
         """[S] int64: the token that was fed at row 0, the last one of the sequence so far."""
-        return self._there(self._fed())
+        return there(self._fed(), self.logits.device)
 
     def chain(self) -> torch.Tensor:
         """[S, L] int64, the token that was fed at each row; 0 where none was that counts."""
@@ -136,9 +136,6 @@ class Rows:
     def unmasked_np(self) -> np.ndarray[Any, Any] | None:
         """``unmasked`` likewise."""
         return None if self._unmasked is None else here(self._unmasked)
-
-    def _there(self, small: Small) -> torch.Tensor:
-        return small if isinstance(small, torch.Tensor) else send(small, self.logits.device)
 
 
 @dataclass(frozen=True)
@@ -241,6 +238,11 @@ def take(tensor: torch.Tensor, index: Ints) -> Small:
     if tensor.is_cuda:
         return tensor[send(index, tensor.device)].long()
     return tensor.numpy()[index].astype(np.int64, copy=False)
+
+
+def there(small: Small, device: torch.device) -> torch.Tensor:
+    """Small numbers on the device."""
+    return small if isinstance(small, torch.Tensor) else send(small, device)
 
 
 def here(small: Small) -> np.ndarray[Any, Any]:
